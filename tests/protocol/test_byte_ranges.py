@@ -16,7 +16,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from doubles import DictStore, GatedStore, SyncDictStore, reached
 from pools import POOLS, within_bound
-from support import PROTOTYPE, RANGES, buf, cut, drained, read, read_through
+from support import PROTOTYPE, RANGES, buf, count_turns, cut, drained, read, read_through
 from zcache import CachePool, CacheStore
 from zcache._byte_ranges import from_text, to_text
 from zcache.testing import StoreDouble, check_invariants_async, in_flight, stored_sizes
@@ -267,6 +267,60 @@ async def test_source_that_ends_like_a_generator_has_failed() -> None:
         with pytest.raises(RuntimeError, match="StopAsyncIteration"):
             await store.get_partial_values(PROTOTYPE, [("k", one) for one in asked])
     assert await read(store, "k") == VALUES["g/x"]
+
+
+@pytest.mark.parametrize("kind", ["local", "pool"])
+async def test_ranges_of_one_call_are_read_on_the_spot_however_many(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = random.Random(1).randbytes(20_000)
+    store = CacheStore(SyncDictStore({"shard": value}), cache_store=make(kind, tmp_path))
+    assert await read_through(store, "shard") == value
+    backend, elsewhere = type(store._cache.backend), []
+    read_elsewhere = backend.read
+
+    def counted(self: Any, *args: Any) -> Any:
+        elsewhere.append(args)
+        return read_elsewhere(self, *args)
+
+    monkeypatch.setattr(backend, "read", counted)
+    ranges = [RangeByteRequest(at, at + 50) for at in range(3_000)]
+    expected = {at: value[at : at + 50] for at in range(3_000)}
+
+    async def in_groups() -> dict[int, bytes | None]:
+        found = store.get_ranges("shard", ranges, prototype=PROTOTYPE)
+        return {at: data(value) async for group in found for at, value in group}
+
+    if hasattr(store, "get_ranges"):
+        assert await in_groups() == expected
+    asked = [("shard", one) for one in ranges]
+    values = await store.get_partial_values(PROTOTYPE, asked)
+    assert dict(enumerate(map(data, values))) == expected
+    if hasattr(store, "get_ranges_sync"):
+        found = await asyncio.to_thread(store.get_ranges_sync, "shard", ranges, prototype=PROTOTYPE)
+        assert {at: data(value) for at, value in found} == expected
+    assert elsewhere == []
+
+
+@pytest.mark.parametrize("kind", ["memory", "local", "pool"])
+async def test_one_call_for_many_values_leaves_turns_to_other_tasks(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each turn is long enough at once, whatever the machine."""
+    monkeypatch.setattr("zcache._runtime.turns.BUDGET", -1.0)
+    keys = [f"c/{number}" for number in range(640)]
+    source = StoreDouble(SyncDictStore({key: key.encode() for key in keys}))
+    store = CacheStore(source, cache_store=make(kind, tmp_path))
+    for _ in range(2):
+        turns: list[None] = []
+        watcher = asyncio.ensure_future(count_turns(turns))
+        values = await store.get_partial_values(PROTOTYPE, [(key, None) for key in keys])
+        watcher.cancel()
+        assert [data(value) for value in values] == [key.encode() for key in keys]
+        assert len(turns) >= len(keys) // 64 - 1
+        await drained(store)
+    # What was missing was asked for in one call.
+    assert source.calls["get_partial_values"] == 1
 
 
 async def test_batch_joins_a_full_read_in_flight() -> None:

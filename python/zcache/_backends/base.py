@@ -303,6 +303,11 @@ class Backend(ABC):
         look_up: Callable[..., Any] = index.lookup
         return look_up
 
+    @property
+    def is_turn_full(self) -> bool:
+        """Whether nothing more is read without waiting in this turn of the event loop, but in the next one."""
+        return False
+
     async def turn(self, size: int) -> TryRead | None:  # noqa: ARG002
         """Wait for a turn of the event loop in which so many bytes may be read without waiting.
 

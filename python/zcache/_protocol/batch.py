@@ -13,6 +13,7 @@ from zcache._protocol.read import Joined
 from zcache._protocol.single_flight import Flight
 from zcache._runtime.buffers import freeze, to_cpu_buffer
 from zcache._runtime.coroutines import Handover
+from zcache._runtime.turns import turns
 from zcache._source.missing import says_missing
 from zcache.exceptions import IndexLockTimeout
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 CANCEL_TIMEOUT: Final = 1.0
 """Seconds that the end of a call waits for a source that was cancelled."""
+PIECE: Final = 64
+"""Values after which the turn of the event loop may be another's: to ask takes as long as some of them."""
 
 
 class Batch:
@@ -82,13 +85,15 @@ class Batch:
         self.has_invalid_range = False
         # What each request is for the index; None where the source has to answer it.
         self._asked = [self._parse(*request) for request in requests]
+        # The first one that was not looked up yet.
+        self._next = 0
         self._missing: list[int] = []
         self._slow: dict[int, Any] = {}
         # Those that were looked up and have missed, until it is known what they come to.
         self._open: set[int] = set()
         self._leads: dict[int, tuple[int, Flight]] = {}
         self._waits: list[tuple[int, Joined | None]] = []
-        self._direct: list[int] = []
+        self._direct: set[int] = set()
         # Validators of the keys, from before they are read.
         self._checks: dict[str, Check] = {}
 
@@ -107,21 +112,26 @@ class Batch:
     @property
     def is_over(self) -> bool:
         """Whether there is nothing to be brought."""
-        return not (self._missing or self._slow or self._direct)
+        is_looked_up = self._next == len(self._asked)
+        return is_looked_up and not (self._missing or self._slow or self._direct)
 
     def look_up(self) -> Group:
-        """What is there at once; for the others see `bring`."""
+        """What is there at once, as far as this turn of the event loop goes; for the others see `bring`."""
         reader = self._reader
         ready: list[tuple[int, Buffer | None]] = []
-        for number, asked in enumerate(self._asked):
+        for number in range(self._next, len(self._asked)):
+            if number > self._next and number % PIECE == 0 and turns.are_over():
+                self._next = number
+                return ready
+            asked = self._asked[number]
             if asked is None:
                 self.count_bypassed(1)
-                self._direct.append(number)
+                self._direct.add(number)
                 continue
             value, hit = reader.hits.get_nowait(asked[0], self._prototype, asked[1])
             if hit is ABSENT and not self._trusts_absences:
                 reader.hits.recount_negative_as_miss()
-                self._direct.append(number)
+                self._direct.add(number)
             elif value is not None or hit is ABSENT:
                 ready.append((number, value))
             elif hit is None:
@@ -129,6 +139,11 @@ class Batch:
                 self._open.add(number)
             else:
                 self._slow[number] = hit
+                if reader.backend.is_turn_full:
+                    # What comes after it is read in the next one, rather than by threads.
+                    self._next = number + 1
+                    return ready
+        self._next = len(self._asked)
         return ready
 
     async def bring(self, put: Put) -> None:
@@ -162,6 +177,10 @@ class Batch:
             self._reader.hits.brought(*self._known(number), size, hit=hit)
 
     async def _bring(self, put: Put) -> None:
+        while self._next < len(self._asked):
+            await self._io.pause()
+            if ready := self.look_up():
+                put(ready)
         slow = list(self._slow)
         values = await self._io.gather([partial(self._serve, number) for number in slow])
         found: list[tuple[int, Buffer | None]] = []
@@ -238,10 +257,11 @@ class Batch:
         if backend.tells_by_name and not await backend.hear_of_changes(self._io):
             for _ in missing:
                 reader.counters.count("skipped")
-            self._direct.extend(missing)
+            self._direct.update(missing)
             missing = []
-        for number in missing:
+        for count, number in enumerate(missing, 1):
             await self._join(number)
+            await self._rest(count)
         if reader.revalidator is not None and (same := await self._unchanged(reader.revalidator)):
             put(same)
         wanted = sorted([*self._leads, *self._direct])
@@ -356,6 +376,11 @@ class Batch:
             self._reader.counters.count("bypassed")
             self._reader.hits.count_miss()
 
+    async def _rest(self, count: int) -> None:
+        """Let others have their turn after so many of many steps, if they have waited for long."""
+        if count % PIECE == 0 and turns.are_over():
+            await self._io.pause()
+
     async def _join(self, number: int) -> None:
         asked, reader = self._known(number), self._reader
         now, ages = reader.now(), reader.hits.ages_of(asked[0])
@@ -371,7 +396,7 @@ class Batch:
         except IndexLockTimeout:
             # Its miss was counted when it was looked up.
             reader.counters.count("skipped")
-            self._direct.append(number)
+            self._direct.add(number)
             return
         if isinstance(joined, int) and joined is not False:
             self._leads[number] = (joined, flight)
@@ -391,11 +416,12 @@ class Batch:
         if reader.revalidator is not None:
             numbers = [number for number, found in group if found is not None]
             await self._note_validators(reader.revalidator, numbers)
-        for number, found in group:
+        for count, (number, found) in enumerate(group, 1):
+            await self._rest(count)
             lead = self._leads.get(number)
             if lead is None:
                 if number in self._direct:
-                    self._direct.remove(number)
+                    self._direct.discard(number)
                     if number in self._open:
                         self._open.discard(number)
                         reader.hits.brought_past_cache(*self._known(number), found)

@@ -137,15 +137,17 @@ class IO:
         """
         if len(works) < 2:
             return [await work() for work in works]
-        limit = asyncio.Semaphore(AT_ONCE)
+        left = iter(enumerate(works))
+        done: dict[int, T] = {}
 
-        async def one(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-            async with limit:
-                return await work()
+        async def some() -> None:
+            for number, work in left:
+                done[number] = await work()
 
-        tasks = [asyncio.ensure_future(one(work)) for work in works]
+        tasks = [asyncio.ensure_future(some()) for _ in works[:AT_ONCE]]
         try:
-            return await asyncio.gather(*tasks)
+            await asyncio.gather(*tasks)
+            return [done[number] for number in range(len(works))]
         except BaseException:
             for task in tasks:
                 task.cancel()

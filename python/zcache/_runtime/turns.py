@@ -118,10 +118,15 @@ class _TimedTurn(_Turn):
 
     def begins(self) -> bool:
         """Count a piece of work, unless it has to wait."""
-        if self.waiting or time.perf_counter() - self._began > BUDGET:
+        if self.waiting or self.is_long:
             return False
         self._count += 1
         return True
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it has lasted for `BUDGET` seconds."""
+        return time.perf_counter() - self._began > BUDGET
 
     def reset(self) -> None:
         now = time.perf_counter()
@@ -151,6 +156,11 @@ class Turns(_Turns[_TimedTurn]):
         loop = asyncio._get_running_loop()
         # A thread that may block has no turns.
         return loop is None or self._begun(loop).begins()
+
+    def are_over(self) -> bool:
+        """Whether one call that does much is to let others have their turn; never where the thread may block."""
+        loop = asyncio._get_running_loop()
+        return loop is not None and self._begun(loop).is_long
 
     async def wait(self) -> None:
         """Wait for a turn in which the work may begin."""
@@ -234,6 +244,12 @@ class ReadTurns(_Turns[_ReadTurn]):
         """Whether nothing is read in this turn any more: something was too much for it, or was cold."""
         turn = self._now
         return turn is not None and turn.is_closed
+
+    @property
+    def is_full(self) -> bool:
+        """Whether something was too much for this turn, or waits for a later one."""
+        turn = self._now
+        return turn is not None and (turn.is_full or bool(turn.waiting))
 
     @property
     def is_cold(self) -> bool:

@@ -176,6 +176,19 @@ async def test_hits_many_small_leave_turns_to_other_tasks(
     assert len(thread_reads) < count // 10
 
 
+async def test_hits_of_one_call_wait_for_their_turn_as_single_ones_do(
+    store: CacheStore, thread_reads: list[str]
+) -> None:
+    turns: list[None] = []
+    watcher = asyncio.ensure_future(count_turns(turns))
+    asked = [(key, None) for key in KEYS]
+    found = await store.get_partial_values(PROTOTYPE, asked)
+    watcher.cancel()
+    assert [value and value.to_bytes() for value in found] == [VALUE] * len(KEYS)
+    assert len(turns) >= len(KEYS) * len(VALUE) // page_cache.A_TURN - 1
+    assert thread_reads == []
+
+
 @pytest.mark.parametrize("verify", ["first", "always"])
 async def test_hit_first_is_verified_without_a_thread(
     where: Path, thread_reads: list[str], verify: str

@@ -106,6 +106,10 @@ class DirectoryBackend(Backend):
             timeout=read_timeout(size),
         )
 
+    @property
+    def is_turn_full(self) -> bool:
+        return self._page_cache is not None and self._page_cache.is_turn_full
+
     async def turn(self, size: int) -> TryRead | None:
         return None if self._page_cache is None else await self._page_cache.turn(size)
 

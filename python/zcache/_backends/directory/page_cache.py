@@ -170,17 +170,26 @@ class PageCacheReader:
         self._small = 0
         return turn.begins(small)
 
+    @property
+    def is_turn_full(self) -> bool:
+        """See `Backend.is_turn_full`."""
+        turn = self._turn
+        return self._read is not None and turn.is_full and not turn.is_cold
+
     async def turn(self, size: int) -> TryRead | None:
         """Wait for a turn of the event loop in which so many bytes may be read, after those before.
 
         Returns
         -------
         callable or None
-            Reads on the spot, at once; None where that was not why they were not read in this turn.
+            Reads on the spot, at once; None where that would have to wait as others had to in this turn.
         """
         turn, counted = self._turn, max(size, LEAST)
-        if size > LARGEST or self._read is None or turn.is_cold or not turn.is_over(counted):
+        if size > LARGEST or self._read is None or turn.is_cold:
             return None
+        # Another turn than the one in which it did not fit, perhaps.
+        if not turn.is_over(counted) and turn.begins(counted):
+            return partial(self, counted=True)
         # A large value is read by a thread rather than very late. To have a small one read so takes
         # longer than to read it.
         if size >= COUNTED and turn.queued > TURNS * A_TURN:
