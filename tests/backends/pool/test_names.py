@@ -21,6 +21,7 @@ from directories import closed
 from pools import source_of
 from support import buf, files_below, read, read_through
 from zcache import CachePool, CacheStore, OptionValueError
+from zcache._backends.pool import register as pool_register
 from zcache._backends.pool.register import Register, label_of, note_of
 from zcache._source.identity import identify
 from zcache.testing import check_invariants, set_block_size
@@ -126,6 +127,39 @@ def test_names_that_were_forgotten_are_the_first_to_go(tmp_path: Path) -> None:
         register.forget(name)
     kept = {found["name"] for found in register.names().values()}
     assert set(names[:2]) < kept < set(names)
+
+
+def test_names_are_read_once_each_and_anew_where_others_have_changed_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = CachePool(tmp_path)
+    stores = [CacheStore(source_of(), cache_store=pool, source_id=f"{n}") for n in range(100)]
+    file = tmp_path / ".zcache/index/sources"
+    others = Register(str(file.parent))
+    pool.sources()
+    parsed: list[bytes] = []
+    parse = pool_register._parse
+
+    def noted(line: bytes) -> object:
+        parsed.append(line)
+        return parse(line)
+
+    monkeypatch.setattr(pool_register, "_parse", noted)
+    for name in ("0", "1"):
+        pool.forget(name)
+    known = {str(n) for n in range(2, 100)}
+    assert {info.name for info in pool.sources()} == known
+    # What was added.
+    assert len([line for line in parsed if line]) == 2
+    others.add(note_of("theirs"))
+    assert {info.name for info in pool.sources()} == {*known, "theirs"}
+    others.drop(["theirs"])
+    assert {info.name for info in pool.sources()} == known
+    # In place, of the same length.
+    with file.open("r+b") as lines:
+        lines.write(file.read_bytes().replace(b'"name": "2",', b'"name": "x",'))
+    assert "x" in {info.name for info in pool.sources()}
+    del stores
 
 
 async def test_source_that_is_filled_anew_after_it_was_forgotten_has_its_name_for_all(

@@ -30,6 +30,7 @@ class PoolDirectory(CacheDirectory):
 
     def _prepare(self, *args: Any) -> None:
         super()._prepare(*args)
+        self._register = Register(self.layout.index_root)
         this = weakref.ref(self)
         # Where they have appended no one does any more.
         self.recovery.on_reclaimed = lambda: _remove_empty_later(this())
@@ -81,7 +82,8 @@ class PoolDirectory(CacheDirectory):
     @property
     def register(self) -> Register:
         """The names of its sources."""
-        return Register(self.layout.index_root, self.handle.limits.get("max_size"))
+        self._register.limit(self.handle.limits.get("max_size"))
+        return self._register
 
 
 def _sizes_of_complete(index: Index) -> dict[int, int] | None:

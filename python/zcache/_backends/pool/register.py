@@ -27,6 +27,8 @@ _PART: Final = 4
 """One byte in so many of a pool may be names."""
 _LARGEST: Final = 2**24
 """Bytes of the file at most; of a larger one, which no zcache has written, the rest is not read."""
+_KEPT: Final = 2**20
+"""Bytes of a file at most of which is kept what was read: that takes several times as many."""
 _PATIENCE: Final = 0.5
 """Seconds for which others are waited for; a line is added without the lock as well."""
 _LOOK_AGAIN: Final = 0.002
@@ -77,12 +79,27 @@ class Register:
 
     def __init__(self, index_root: str, max_size: int | None = None) -> None:
         self._path = os.path.join(index_root, "sources")
+        self._room = _LARGEST
+        self.limit(max_size)
+        # Lines that were read, and what they note.
+        self._known: tuple[bytes, dict[str, dict[str, Any]]] = (b"", {})
+
+    def limit(self, max_size: int | None) -> None:
+        """Have the pool be of so many bytes."""
         self._room = _LARGEST if max_size is None else min(_LARGEST, max(_PAGE, max_size // _PART))
 
     def names(self) -> dict[str, dict[str, Any]]:
         """What is known of each source, by label; see `note_of`."""
-        notes = (_parse(line) for line in self._read().split(b"\n"))
-        return {label_of(note["name"]): note for note in notes if note is not None}
+        lines, notes = self._known
+        data = self._read()
+        # As a rule there are some more: to compare the others takes much less time than to parse them.
+        if not data.startswith(lines):
+            lines, notes = b"", {}
+        end = data.rfind(b"\n") + 1
+        notes = {**notes, **_notes(data[len(lines) : end])}
+        if end <= _KEPT:
+            self._known = (data[:end], notes)
+        return {**notes, **_notes(data[end:])}
 
     def _read(self) -> bytes:
         try:
@@ -165,6 +182,12 @@ class Register:
             finally:
                 os.close(file)
             time.sleep(_LOOK_AGAIN)
+
+
+def _notes(lines: bytes) -> dict[str, dict[str, Any]]:
+    """What lines note, by label."""
+    notes = (_parse(line) for line in lines.split(b"\n"))
+    return {label_of(note["name"]): note for note in notes if note is not None}
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
