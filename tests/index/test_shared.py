@@ -25,6 +25,7 @@ from support import buf, check_quiet, fill, logged, read, read_through
 from zcache import CacheOwnershipError, CachePool, CacheStore
 from zcache._index import shared
 from zcache._runtime import lingering
+from zcache._source.location import Location
 from zcache.testing import (
     FakeClock,
     StoreDouble,
@@ -444,6 +445,28 @@ def test_they_have_one_index_in_a_forked_child_too() -> None:
     assert os.waitpid(child, 0)[1] == 0
     assert other.cache_info()["cached_keys"] == 1
     assert_shared(one, other)
+
+
+def test_a_store_that_is_made_is_compared_only_with_those_that_its_place_may_overlap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared: list[Any] = []
+    overlaps = Location.overlaps
+
+    def noted(self: Location, other: Location) -> bool:
+        compared.append((self, other))
+        return overlaps(self, other)
+
+    monkeypatch.setattr(Location, "overlaps", noted)
+    gc.collect()
+    before = len(shared._by_root)
+    stores = [CacheStore(MemoryStore(), cache_store=MemoryStore()) for _ in range(20)]
+    # Its cache store with its own source, and no other one.
+    assert len(compared) <= len(stores)
+    assert len(shared._by_root) == before + 20
+    del stores
+    gc.collect()
+    assert len(shared._by_root) == before
 
 
 def test_stores_are_collected_while_another_is_made() -> None:

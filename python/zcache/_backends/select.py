@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-import weakref
 from typing import TYPE_CHECKING, Any
 
 from zarr.storage import LocalStore, MemoryStore
@@ -21,7 +19,7 @@ from zcache._backends.store.backend import StoreBackend
 from zcache._backends.store.place import StorePlace
 from zcache._core import Index
 from zcache._index.handle import IndexHandle
-from zcache._index.shared import SharedIndex, breaker_of, find_or_make, keep_while_alive, live
+from zcache._index.shared import SharedIndex, breaker_of, find_or_make, keep_while_alive
 from zcache._runtime import lingering
 from zcache._runtime.buffers import own
 from zcache._source.describe import describe
@@ -136,18 +134,10 @@ class _Opening:
     def _shared(self, key: tuple[Any, ...], make: Callable[[], SharedIndex]) -> SharedIndex:
         shared = find_or_make(key, make)
         self._check(shared)
-        here = location_here(self.cache)
-        with contextlib.suppress(
-            TypeError
-        ):  # A class of the user's own may have no such references.
-            shared.cache, shared.location = weakref.ref(self.cache), here
         # Wrappers of a user's own make another place of the same values: then each would serve the
         # other's bytes.
-        for other in live():
-            if other is shared or other.location is None or other.cache is None:
-                continue
-            if other.location.overlaps(here) and other.cache() is not None:
-                self._check(other)
+        for other in shared.locate(self.cache, location_here(self.cache)):
+            self._check(other)
         return shared
 
     def _check(self, shared: SharedIndex) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import threading
@@ -92,6 +93,8 @@ class SharedIndex:
         self.changes = Changes()
         self.cache: weakref.ref[Store] | None = None
         self.location: Location | None = None
+        # Those that may overlap it, as long as there are any.
+        self._beside: Registry[SharedIndex] | None = None
         self.key: tuple[Hashable, str] = None, ""
         self._source = source
         self.source_id = source_id
@@ -102,6 +105,27 @@ class SharedIndex:
     def fills(self) -> Any:
         """The queue of values on their way into the cache store; None where a fill takes one step."""
         return self.place.fills
+
+    def locate(self, cache: Store, location: Location) -> list[SharedIndex]:
+        """Note where the cache store keeps its values; returns those of others that overlap it."""
+        with contextlib.suppress(TypeError):
+            # A class of the user's own may have no such references.
+            self.cache, self.location = weakref.ref(cache), location
+        at = (location.root, location.endpoint)
+        with _lock:
+            if (beside := _by_root.get(at)) is None:
+                beside = _by_root[at] = Registry()
+            self._beside = beside
+            beside.add(self)
+        return [
+            other for other in beside.snapshot() if other is not self and other._overlaps(location)
+        ]
+
+    def _overlaps(self, location: Location) -> bool:
+        """Whether its cache store keeps its values in this place, inside it, or around it."""
+        if self.location is None or self.cache is None or not self.location.overlaps(location):
+            return False
+        return self.cache() is not None
 
     def join(self, member: Member) -> None:
         """Use it as well; the strictest limits are in force, so that none is exceeded.
@@ -288,6 +312,10 @@ def _apply_limits(shared: Callable[[], SharedIndex | None]) -> None:
 
 # As long as they are in use; `_held` keeps those of dicts as long as their stores live.
 _shared: OneForEach[SharedIndex] = OneForEach()
+# By kind of place and server: only those of one can overlap. Each is kept by those that are in it.
+_by_root: weakref.WeakValueDictionary[tuple[str, str | None], Registry[SharedIndex]] = (
+    weakref.WeakValueDictionary()
+)
 _held: dict[Hashable, tuple[list[weakref.ref[Any]], SharedIndex]] = {}
 # Reentrant: inside it the garbage collector may end a store.
 _lock = threading.RLock()

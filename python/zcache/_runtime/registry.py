@@ -24,7 +24,7 @@ class Registry(Generic[T]):
         The first ones.
     """
 
-    __slots__ = ("_refs",)
+    __slots__ = ("__weakref__", "_refs")
 
     def __init__(self, items: Iterable[T] = ()) -> None:
         self._refs: dict[int, weakref.ref[T]] = {}
