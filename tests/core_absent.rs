@@ -9,7 +9,7 @@ use zcache::arena::Heap;
 use zcache::cache::{
     AbsenceAges, Answer, Cache, FEW_ABSENCES, Joined, Limits, Reserve, Ticket, Verify,
 };
-use zcache::key::ByteRange;
+use zcache::key::{ByteRange, is_below};
 
 const KEYS: [&str; 16] = [
     "a",
@@ -306,13 +306,17 @@ impl World {
         assert_eq!(self.cache.absences(), keys.len() as u64);
         assert_eq!(self.cache.tally().absences(), keys.len() as u64);
         assert_eq!(self.cache.len(), self.live.len() as u64);
-        let (found, rest) = self
-            .cache
-            .next_keys("", self.cache.first_keys(), |_| self.now.into())
-            .unwrap();
         let unique: HashSet<&str> = self.live.keys().map(|(key, _)| *key).collect();
-        assert_eq!((found.len(), rest), (unique.len(), None));
-        assert!(found.iter().all(|key| unique.contains(key.as_str())));
+        for prefix in PREFIXES {
+            let (found, rest) = self
+                .cache
+                .next_keys(prefix, self.cache.first_keys(), |_| self.now.into())
+                .unwrap();
+            let below = |key: &&&str| is_below(key, prefix.trim_end_matches('/'));
+            let expected = unique.iter().filter(below).count();
+            assert_eq!((found.len(), rest), (expected, None));
+            assert!(found.iter().all(|key| unique.contains(key.as_str())));
+        }
     }
 }
 

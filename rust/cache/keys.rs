@@ -5,7 +5,7 @@ use super::lookup::can_serve;
 use super::peers::Peers;
 use crate::arena::{Kind, ROOT, State};
 use crate::error::Result;
-use crate::key::{ByteRange, is_below};
+use crate::key::{self, ByteRange, is_below};
 use crate::policy::Eviction;
 
 /// Cells that one step looks at, so that no step holds the lock for long.
@@ -87,21 +87,77 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         fresh: impl Fn(&str) -> Freshness,
     ) -> Result<(Vec<String>, Option<Cursor>)> {
         let prefix = prefix.trim_end_matches('/');
+        let mut keys = Vec::new();
+        if from == ROOT
+            && let Some(few) = self.few_below(prefix)?
+        {
+            for at in few {
+                keys.extend(self.key_at(at, prefix, &fresh)?);
+            }
+            return Ok((keys, None));
+        }
         // The index may have been emptied meanwhile.
         let end = end.min(self.arena.header().cells_used);
         let stop = end.min(from.saturating_add(LOOKED_AT));
-        let mut keys = Vec::new();
         let mut at = from.max(ROOT);
         while at < stop && keys.len() < BATCH {
-            if matches!(self.arena.get(at)?.kind()?, Kind::Value | Kind::Object) {
-                let key = self.arena.name(at)?.0;
-                if is_below(&key, prefix) && self.stands_for(&key, at, fresh(&key))? {
-                    keys.push(key);
-                }
-            }
+            keys.extend(self.key_at(at, prefix, &fresh)?);
             at += 1;
         }
         Ok((keys, (at < end).then_some((at, end))))
+    }
+
+    /// The key that a cell stands for, if it is at or below a prefix and can be served.
+    fn key_at(
+        &self,
+        at: u32,
+        prefix: &str,
+        fresh: impl Fn(&str) -> Freshness,
+    ) -> Result<Option<String>> {
+        if !matches!(self.arena.get(at)?.kind()?, Kind::Value | Kind::Object) {
+            return Ok(None);
+        }
+        let key = self.arena.name(at)?.0;
+        let is_key = is_below(&key, prefix) && self.stands_for(&key, at, fresh(&key))?;
+        Ok(is_key.then_some(key))
+    }
+
+    /// Cells among which are those of all keys at or below a prefix, if one step can look at them all.
+    fn few_below(&self, prefix: &str) -> Result<Option<Vec<u32>>> {
+        let mut cells = Vec::new();
+        // And whether keys in the directories below belong to it.
+        let mut dirs = Vec::new();
+        if prefix.is_empty() {
+            dirs.push((ROOT, true));
+        } else {
+            cells.extend(self.arena.find(prefix, ByteRange::Full)?);
+            cells.extend(self.arena.find_object(prefix)?);
+            let dir = self.arena.find_dir(&format!("{prefix}/"))?;
+            dirs.extend(dir.map(|dir| (dir, true)));
+            for above in key::above_tails_below(prefix) {
+                dirs.extend(self.arena.find_dir(&above)?.map(|dir| (dir, false)));
+            }
+        }
+        let mut steps = 0;
+        while let Some((dir, is_below)) = dirs.pop() {
+            let [mut at, _] = self.arena.get(dir)?.children(false);
+            while at != 0 {
+                if steps == BATCH {
+                    return Ok(None);
+                }
+                steps += 1;
+                let cell = self.arena.get(at)?;
+                match cell.kind()? {
+                    Kind::Dir if is_below => dirs.push((at, true)),
+                    Kind::Value | Kind::Object => cells.push(at),
+                    _ => {}
+                }
+                at = cell.right;
+            }
+        }
+        cells.sort_unstable();
+        cells.dedup();
+        Ok(Some(cells))
     }
 
     /// Entries that can be served, a batch; and where to go on.

@@ -12,7 +12,7 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByt
 from zarr.storage import LocalStore, MemoryStore
 
 from pools import STORES, one_of
-from support import PROTOTYPE, buf, check_quiet, drained, fill, read, read_through
+from support import PROTOTYPE, buf, check_quiet, count_turns, drained, fill, read, read_through
 from zcache import CacheStore
 from zcache.exceptions import IndexLockTimeout, OptionTypeError, SyncNotSupportedError
 from zcache.testing import FakeClock, StoreDouble, entries, hold_index_lock, missing_keys
@@ -202,6 +202,42 @@ async def test_cached_keys_of_many_come_once_whatever_changes_meanwhile(
     assert not list(keys)
     await store.clear()
     assert list(store.cached_keys()) == []
+
+
+async def test_cached_keys_of_few_below_a_prefix_take_one_step_however_many_there_are(
+    source: StoreDouble,
+) -> None:
+    store = CacheStore(source)
+    names = [f"k{number}" for number in range(6000)]
+    await fill(store, **dict.fromkeys([*names, "few/a", "few/b/c", "n/c/1/2", "n/c/12"], b"1"))
+    index = store._cache.backend.index
+    for prefix, found in [
+        ("few", ["few/a", "few/b/c"]),
+        ("few/a", ["few/a"]),
+        ("n/c/1", ["n/c/1/2"]),
+        ("none", []),
+    ]:
+        keys, cursor = index.next_keys(prefix, 0.0, None)
+        assert (sorted(keys), cursor) == (found, None)
+    # Of many it takes as many as that needs.
+    keys, cursor = index.next_keys("", 0.0, None)
+    assert cursor is not None
+    assert sorted(store.cached_keys()) == sorted([*names, "few/a", "few/b/c", "n/c/1/2", "n/c/12"])
+
+
+async def test_cached_keys_of_many_leave_turns_to_other_tasks(
+    source: StoreDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CacheStore(source)
+    await fill(store, **dict.fromkeys([f"k{number}" for number in range(6000)], b"1"))
+    # Each turn is long enough at once, whatever the machine.
+    monkeypatch.setattr("zcache._runtime.turns.BUDGET", -1.0)
+    turns: list[None] = []
+    watcher = asyncio.ensure_future(count_turns(turns))
+    keys = [key async for key in store.cached_keys()]
+    watcher.cancel()
+    assert len(keys) == 6000
+    assert len(turns) > 3
 
 
 @pytest.mark.slow

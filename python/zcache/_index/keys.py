@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 from zcache._byte_ranges import is_encodable
 from zcache._core import Index
+from zcache._runtime.turns import turns
 
 if TYPE_CHECKING:
     from zcache._ages import MaxAges
@@ -67,5 +68,8 @@ class CachedKeys:
         while not self._keys:
             if self._is_done:
                 raise StopAsyncIteration
+            # The index answers at once, as a rule: others would wait for all of it.
+            if turns.are_over():
+                await self._io.pause()
             self._take(await self._handle.call(self._io, Index.next_keys, *self._args()))
         return self._keys.popleft()
