@@ -333,3 +333,22 @@ fn what_is_read_once_beside_a_plan_takes_no_place_for_long() {
         assert!(hits[1] + 10 >= hits[0], "{kind:?}: {hits:?}");
     }
 }
+
+/// The keys of a plan are taken in while no other thread of Python runs, which none of them may hold up.
+#[test]
+fn plan_a_key_that_there_is_room_for_makes_nothing_grow() {
+    let mut plan = Plan::default();
+    let mut keys = 0;
+    for _ in 0..4 {
+        let room = plan.grow();
+        assert!(room >= 2 * plan.len().max(1));
+        let memory = plan.memory();
+        while plan.len() < room {
+            plan.push(&name(keys));
+            keys += 1;
+        }
+        assert_eq!(plan.memory(), memory);
+    }
+    plan.finish();
+    assert_eq!(plan.len() as u64, keys);
+}

@@ -15,6 +15,9 @@ use super::progress::{Course, Progress};
 /// Keys of a plan at most.
 pub const MAX_PLANNED: usize = 1_000_000;
 
+/// Keys that there is room for at first.
+const FIRST_KEYS: usize = 4096;
+
 /// The position of no use: later than all others.
 pub const NEVER: u32 = u32::MAX;
 
@@ -112,6 +115,17 @@ impl Plan {
         self.order.push(number);
         self.following.push(NEVER);
         true
+    }
+
+    /// Has room for keys to come, at least as many as so far, and says for how many: until there are as many as that, no
+    /// [`Plan::push`] takes long.
+    pub fn grow(&mut self) -> usize {
+        let more = self.len().max(FIRST_KEYS).min(MAX_PLANNED - self.len());
+        self.numbers.reserve(more);
+        self.uses.reserve_exact(more);
+        self.order.reserve_exact(more);
+        self.following.reserve_exact(more);
+        self.len() + more
     }
 
     /// Ends the making of the plan.

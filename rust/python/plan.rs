@@ -43,6 +43,7 @@ impl Plan {
             _ => return Err(invalid("keys", keys)),
         };
         let mut plan = policy::Plan::default();
+        let mut room = plan.grow();
         while !plan.is_full() {
             let Some(item) = items.next().transpose()? else {
                 break;
@@ -56,8 +57,11 @@ impl Plan {
                 py.check_signals()?;
                 py.detach(|| {});
             }
+            if plan.len() == room {
+                room = py.detach(|| plan.grow());
+            }
         }
-        plan.finish();
+        py.detach(|| plan.finish());
         let (len, progress) = (plan.len(), plan.progress());
         let keys = Mutex::new(Some(plan));
         Ok(Plan {
@@ -85,8 +89,7 @@ impl Plan {
 impl Index {
     #[pyo3(signature = (plan, /))]
     fn set_plan(&self, py: Python<'_>, plan: &Plan) -> PyResult<Cursor> {
-        // Freed without the lock.
-        let (_before, first) = step!(self, py, |cache| {
+        let (before, first) = step!(self, py, |cache| {
             // Not before the lock is held: a step that was not taken is taken again.
             let before = match plan.take(py) {
                 Ok(plan) => {
@@ -100,6 +103,8 @@ impl Index {
             };
             Ok((before, cache.first_keys()))
         })?;
+        // Freed without the lock, and while other threads run.
+        py.detach(|| drop(before));
         Ok(first)
     }
 
