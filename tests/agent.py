@@ -67,7 +67,9 @@ class Agent:
     def __init__(self, where: Path, max_size: int = 0, *, shares_index: bool = True) -> None:
         self._commands, theirs = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(
-            target=_serve, args=(theirs, where, max_size, shares_index, dict(os.environ)), daemon=True
+            target=_serve,
+            args=(theirs, where, max_size, shares_index, dict(os.environ)),
+            daemon=True,
         )
         self.process.start()
         theirs.close()
@@ -168,7 +170,11 @@ class _Commands:
 
 
 def _serve(
-    commands: Connection, where: Path, max_size: int, shares_index: bool, environment: Mapping[str, str]
+    commands: Connection,
+    where: Path,
+    max_size: int,
+    shares_index: bool,
+    environment: Mapping[str, str],
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
