@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use zcache::arena::Heap;
 use zcache::cache::{
-    AbsenceAges, Answer, Cache, FEW_ABSENCES, Joined, Limits, Reserve, Ticket, Verify,
+    AbsenceAges, Answer, Cache, FEW_ABSENCES, Joined, Limits, Reserve, START, Ticket, Verify,
 };
 use zcache::key::{ByteRange, is_below};
 
@@ -247,14 +247,16 @@ impl World {
             Step::Change(prefix) => {
                 let prefix = PREFIXES[prefix.index(PREFIXES.len())];
                 self.cache.invalidate_prefix(prefix);
-                loop {
-                    let victims = self.cache.drain_prefix(prefix).unwrap();
-                    if victims.is_empty() {
-                        break;
-                    }
+                let mut rest = Some(START);
+                while let Some(at) = rest {
+                    let victims;
+                    (victims, rest) = self.cache.drain_prefix(prefix, at).unwrap();
                     self.confirm(&victims);
                 }
-                while self.cache.drain_absences(prefix).unwrap() {}
+                let mut rest = Some(START);
+                while let Some(at) = rest {
+                    rest = self.cache.drain_absences(prefix, at).unwrap();
+                }
                 let prefix = prefix.trim_end_matches('/');
                 let below = format!("{prefix}/");
                 let covers =
@@ -371,7 +373,10 @@ fn absences_of_a_long_scan_stay_within_their_bound_and_their_memory() {
     );
     assert_eq!(cache.current_size(), 0);
     cache.validate().unwrap();
-    while cache.drain_absences("").unwrap() {}
+    let mut rest = Some(START);
+    while let Some(at) = rest {
+        rest = cache.drain_absences("", at).unwrap();
+    }
     assert_eq!(cache.absences(), 0);
     cache.validate().unwrap();
 }
@@ -409,5 +414,26 @@ fn absence_of_an_earlier_read_leaves_a_later_value() {
     cache.commit(id, None, 1001).unwrap();
     let (victims, _) = cache.commit_absence("a", early, 1000, 1002, true).unwrap();
     assert_eq!((victims.len(), cache.absences(), cache.len()), (0, 0, 1));
+    cache.validate().unwrap();
+}
+
+#[test]
+fn absences_of_a_row_of_very_many_chunks_end_and_no_others() {
+    let mut cache = Cache::new(Heap::default(), limits(u64::MAX), 7).unwrap();
+    let names: Vec<String> = (0..10_000)
+        .map(|n| format!("a/c/{}/{}", n % 100, n / 100))
+        .collect();
+    for name in &names {
+        miss(&mut cache, name);
+    }
+    let (mut rest, mut steps) = (Some(START), 0);
+    while let Some(at) = rest {
+        rest = cache.drain_absences("a/c/7", at).unwrap();
+        steps += 1;
+    }
+    assert!(steps > 2, "{steps}");
+    let left: HashSet<String> = cache.absent_keys().unwrap().into_iter().collect();
+    let others = names.iter().filter(|name| !name.starts_with("a/c/7/"));
+    assert_eq!(left, others.cloned().collect());
     cache.validate().unwrap();
 }

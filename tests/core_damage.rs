@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use crate::faulty_storage::{Damage, Part, Plan, Vectors};
 use proptest::prelude::*;
-use zcache::cache::{Cache, Joined, Limits, Reserve, Victim};
+use zcache::cache::{Cache, Joined, Limits, Reserve, START, Victim};
 use zcache::error::Result;
 use zcache::key::ByteRange;
 
@@ -176,12 +176,10 @@ impl Run {
                 let cut = key.char_indices().map(|(at, _)| at).nth(pick % 9);
                 let prefix = &key[..cut.unwrap_or(key.len())];
                 self.cache.invalidate_prefix(prefix);
-                // Without an error each step drains something.
-                loop {
-                    let victims = self.cache.drain_prefix(prefix)?;
-                    if victims.is_empty() {
-                        break;
-                    }
+                let mut rest = Some(START);
+                while let Some(at) = rest {
+                    let victims;
+                    (victims, rest) = self.cache.drain_prefix(prefix, at)?;
                     self.note(victims);
                 }
             }

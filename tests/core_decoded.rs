@@ -4,7 +4,7 @@ use std::thread::sleep;
 
 use crate::place::Place;
 use zcache::arena::Heap;
-use zcache::cache::{BATCH, Cache, Decode, Freshness, Joined, Limits, Peers, Reserve};
+use zcache::cache::{BATCH, Cache, Decode, Freshness, Joined, Limits, Peers, Reserve, START};
 use zcache::error::Result;
 use zcache::key::ByteRange;
 use zcache::shared::{Opening, SharedIndex};
@@ -164,7 +164,7 @@ fn is_current_while_newer_bytes_are_cached_is_false() {
     fill(&mut cache, KEY, ByteRange::Full, 5);
     let decode = begin(&mut cache, 6);
     assert!(is_current(&mut cache, decode).unwrap());
-    let victims = cache.drain_prefix(KEY).unwrap();
+    let (victims, _) = cache.drain_prefix(KEY, START).unwrap();
     cache.deletes_done(&[victims[0].cell], &[]).unwrap();
     fill(&mut cache, KEY, ByteRange::Full, 11);
     assert!(!is_current(&mut cache, decode).unwrap());

@@ -8,7 +8,7 @@ use std::thread::sleep;
 
 use proptest::prelude::*;
 use zcache::arena::{Heap, State};
-use zcache::cache::{Cache, Freshness, Joined, Limits, Peers, Reserve, SOURCES, SourceAge};
+use zcache::cache::{Cache, Freshness, Joined, Limits, Peers, Reserve, SOURCES, START, SourceAge};
 use zcache::error::Result;
 use zcache::key::ByteRange::Full;
 use zcache::policy::{Minimise, PolicyKind};
@@ -122,7 +122,7 @@ proptest! {
                 Step::Delete(source, n) => {
                     let key = key(source, n);
                     cache.invalidate_prefix(&key);
-                    let victims = cache.drain_prefix(&key).unwrap();
+                    let (victims, _) = cache.drain_prefix(&key, START).unwrap();
                     let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
                     cache.deletes_done(&cells, &[]).unwrap();
                     entries.remove(&key);

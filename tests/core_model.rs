@@ -8,7 +8,9 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use zcache::arena::Heap;
 use zcache::cache::ClosedFlight;
-use zcache::cache::{Cache, Committed, Freshness, Joined, Limits, MAX_NAME, Reserve, Victim};
+use zcache::cache::{
+    Cache, Committed, Freshness, Joined, Limits, MAX_NAME, Reserve, START, Victim,
+};
 use zcache::key::{Asked, ByteRange};
 use zcache::policy::{Minimise, PolicyKind};
 
@@ -437,12 +439,12 @@ impl Run {
             self.cache.prefix_change(prefix, begins).unwrap();
             self.model.prefix_marked(prefix, begins);
         }
-        loop {
-            let victims = self.cache.drain_prefix(prefix).unwrap();
+        let mut rest = Some(START);
+        while let Some(at) = rest {
+            let victims;
+            (victims, rest) = self.cache.drain_prefix(prefix, at).unwrap();
             self.pending.extend(self.note(&victims));
-            if !self.model.drained(prefix, &victims) {
-                return;
-            }
+            self.model.drained(prefix, &victims, rest.is_none());
         }
     }
 

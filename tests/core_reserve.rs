@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use zcache::arena::Heap;
-use zcache::cache::{Cache, Found, Freshness, Joined, Limits, Reserve, Victim};
+use zcache::cache::{Cache, Found, Freshness, Joined, Limits, Reserve, START, Victim};
 use zcache::key::{ByteRange, select};
 
 const KEYS: [&str; 6] = ["a/c/0", "a/c/1", "a/c/1/2", "a/zarr.json", "a", "b"];
@@ -291,12 +291,9 @@ impl World {
                 *then
             }
             Stage::Sweep(then) => {
-                let victims = self.cache.drain_prefix(key).unwrap();
-                if victims.is_empty() {
-                    return *then;
-                }
-                let again = Box::new(Stage::Sweep(then));
-                Stage::Delete(Deletes::new(victims), again)
+                let (victims, rest) = self.cache.drain_prefix(key, START).unwrap();
+                assert_eq!(rest, None, "few take one step");
+                Stage::Delete(Deletes::new(victims), then)
             }
             Stage::Change => {
                 if fate != Fate::FailsBefore {
@@ -445,11 +442,10 @@ impl World {
             return self.leave(Deletes::new(victims));
         }
         self.cache.invalidate_prefix(task.name);
-        loop {
-            let victims = self.cache.drain_prefix(task.name).unwrap();
-            if victims.is_empty() {
-                return;
-            }
+        let mut rest = Some(START);
+        while let Some(at) = rest {
+            let victims;
+            (victims, rest) = self.cache.drain_prefix(task.name, at).unwrap();
             self.leave(Deletes::new(victims));
         }
     }

@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 
-use zcache::cache::{FIRST_PAGE, Limits, PAGE, Placed};
+use zcache::cache::{FIRST_PAGE, Limits, PAGE, Placed, START};
 use zcache::checksum::crc32c;
 use zcache::disk::fill::Ending;
 use zcache::disk::segments::{
@@ -212,7 +212,7 @@ fn segment_goes_with_its_last_value() {
         pool.fill(&format!("a/{n}"), 100);
     }
     assert_eq!(pool.segments().len(), 3);
-    let victims = pool.step(|cache| cache.drain_prefix("a"));
+    let (victims, _) = pool.step(|cache| cache.drain_prefix("a", START));
     assert_eq!(victims.len(), 40);
     pool.delete(&victims);
     // The next fills remove the files of those that no participant appends to.

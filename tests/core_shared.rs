@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
 
-use zcache::cache::{Joined, Limits, RejectReason, Reserve};
+use zcache::cache::{Joined, Limits, RejectReason, Reserve, START};
 use zcache::key::ByteRange;
 use zcache::policy::{Minimise, PolicyKind};
 use zcache::shared::{HeldLock, Opening, SharedIndex, StepError};
@@ -471,7 +471,8 @@ fn a_directory_that_another_has_freed_is_not_remembered() {
     fill(&mut one, "a/b/zarr.json", 1);
     assert_eq!(size_of(&mut one, "a/b/zarr.json"), Some(1));
     // The cells of these directories are taken for others.
-    let victims = other.step(sleep, |cache| cache.drain_prefix("a")).unwrap();
+    let drained = other.step(sleep, |cache| cache.drain_prefix("a", START));
+    let (victims, _) = drained.unwrap();
     let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
     other
         .step(sleep, |cache| cache.deletes_done(&cells, &[]))
@@ -535,7 +536,7 @@ fn a_file_that_is_truncated_in_a_step_ends_the_step_alone() {
             file.set_len(0).unwrap();
             let _ = cache.entries();
             let _ = cache.validate();
-            cache.drain_prefix("")
+            cache.drain_prefix("", START)
         });
         is_damaged(answer);
         is_damaged(one.step(sleep, |cache| Ok(cache.len())));

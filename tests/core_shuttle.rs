@@ -18,7 +18,7 @@ use shuttle::sync::atomic::AtomicBool;
 use shuttle::sync::mpsc::{Sender, channel};
 use shuttle::thread;
 use zcache::arena::Heap;
-use zcache::cache::{Cache, Joined, Limits, Reserve, Victim};
+use zcache::cache::{Cache, Joined, Limits, Reserve, START, Victim};
 use zcache::key::{ByteRange, select};
 
 const A: &str = "x/c/0";
@@ -310,11 +310,10 @@ impl World {
     }
 
     fn drain_prefix(&self) {
-        loop {
-            let victims = self.cache(|c| c.drain_prefix("x/c")).unwrap();
-            if victims.is_empty() {
-                return;
-            }
+        let mut rest = Some(START);
+        while let Some(at) = rest {
+            let victims;
+            (victims, rest) = self.cache(|c| c.drain_prefix("x/c", at)).unwrap();
             self.drop_bytes(victims);
         }
     }

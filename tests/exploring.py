@@ -77,7 +77,7 @@ class Recorder:
                 self._tickets[id(answer.reservation)] = args[3]
             return names(answer.victims) if isinstance(answer, NeedsEviction) else "granted"
         if name in ("release", "failed_deletes", "drain_prefix", "discard", "commit_absence"):
-            return names(answer)
+            return names(answer[0] if name == "drain_prefix" else answer)
         return None if name == "confirm_deletes" else repr(answer)
 
     def _commit(self, reservation: Reservation, answer: Committed | None) -> Any:

@@ -99,6 +99,7 @@ MAX_KEY: Final[int]
 
 _Range: TypeAlias = tuple[int, int, int] | None
 _Victim: TypeAlias = tuple[int, str]
+_Rest: TypeAlias = tuple[tuple[int, int], int]
 _Hit: TypeAlias = int | tuple[str, int, int, int, int, int | None, bool]
 _AbsenceAges: TypeAlias = tuple[float, float | None]
 """Seconds below which an absence counts; and, if it is that of a metadata document, the age below which another
@@ -703,11 +704,11 @@ class Index:
         With `begins` a change of all that begins (True) or ends (False).
         """
 
-    def drain_prefix(self, prefix: str, /) -> list[_Victim]:
-        """Drop entries below a prefix, a batch at a time; to be called until it returns nothing."""
+    def drain_prefix(self, prefix: str, at: _Rest = ..., /) -> tuple[list[_Victim], _Rest | None]:
+        """Drop entries below a prefix, a batch at a time; and where to go on, None at the end."""
 
-    def drain_absences(self, prefix: str, /) -> bool:
-        """End absences below a prefix, a batch at a time; to be called until it returns False."""
+    def drain_absences(self, prefix: str, at: _Rest = ..., /) -> _Rest | None:
+        """End absences below a prefix, a batch at a time; where to go on, None at the end."""
 
     @property
     def absences(self) -> int:

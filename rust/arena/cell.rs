@@ -72,7 +72,7 @@ pub struct Cell {
     pub right: u32,
     /// The Dir or Object that this cell is a child of; 0 for the root and for free cells.
     pub parent: u32,
-    /// CRC32C of the value; see [`Cell::checksum`]. Dir: most slashes in the name of an absence in it.
+    /// CRC32C of the value; see [`Cell::checksum`]. Dir: see [`Cell::depth`].
     checksum: u32,
     /// Entry: bytes of the value, and above them a check; see [`Cell::size`]. Dir, Object: hash of the path
     /// from the root. Absent: its number.
@@ -104,6 +104,11 @@ fn state_in(bits: u8) -> State {
         2 => State::Deleting,
         _ => State::DeleteFailed,
     }
+}
+
+/// Where the checksum of a Dir has a [`Cell::depth`].
+fn depth_at(of_absences: bool) -> u32 {
+    if of_absences { 16 } else { 0 }
 }
 
 const WITH_VALIDATOR: u8 = 1 << 7;
@@ -321,15 +326,22 @@ impl Cell {
         }
     }
 
-    /// Most slashes in the name of an absence that is, or was, in this directory.
-    #[must_use]
-    pub(crate) fn absent_depth(&self) -> u32 {
-        self.checksum
+    /// Most slashes in the name of a child of a Dir that is an absence, or that is not, since there was none: nothing
+    /// in the Dir is below a name with as many. An error where a bit has flipped, for each number is noted twice.
+    pub(crate) fn depth(&self, of_absences: bool) -> Result<u8> {
+        let [one, other] = ((self.checksum >> depth_at(of_absences)) as u16).to_le_bytes();
+        if one == other {
+            Ok(one)
+        } else {
+            Err(Error::Corrupt("tree: depth of a directory"))
+        }
     }
 
     /// Sets the same.
-    pub(crate) fn set_absent_depth(&mut self, slashes: u32) {
-        self.checksum = slashes;
+    pub(crate) fn set_depth(&mut self, of_absences: bool, slashes: u8) {
+        let at = depth_at(of_absences);
+        let twice = u32::from(u16::from_le_bytes([slashes; 2]));
+        self.checksum = self.checksum & !(0xffff << at) | twice << at;
     }
 
     /// Whether the bytes were compared with their checksum. Meaningless in a shared index, where

@@ -134,29 +134,31 @@ impl<S: Storage> Arena<S> {
         Err(Error::Corrupt("hash table: segment without a free slot"))
     }
 
-    /// Checks that nothing with this hash, which was not found, is hidden by damage: a slot that was emptied or changed, or
-    /// a cell with another name than the one that it was entered by.
-    pub(crate) fn table_check_missing(&self, hash: u64) -> Result<()> {
+    /// Checks that nothing else with this hash than what was `found` is hidden by damage: a slot that was emptied or changed, a
+    /// segment that is another one's, or a cell with another name than the one that it was entered by.
+    pub(crate) fn table_check(&self, hash: u64, found: Option<u32>) -> Result<()> {
         let number = self.segment_of(hash)?;
         let segment = self.segment(number)?;
         let used = segment.iter().skip(META).filter(|slot| **slot != 0);
         let [counted, shared, ..] = *segment;
-        if used.count() != counted as usize {
+        if used.clone().count() != counted as usize {
             return Err(Error::Corrupt("hash table: count of a segment"));
         }
+        self.check_segment_of(hash, number as u32, shared, used.copied().next())?;
         let is_filled = |at: usize| segment.get(at).is_some_and(|slot| *slot != 0);
         let mut at = home(hash);
-        while let Some(&found @ 1..) = segment.get(at) {
-            let of_cell = self.hash_of(found & CELL_MASK)?;
+        while let Some(&filled @ 1..) = segment.get(at) {
+            let cell = filled & CELL_MASK;
+            let of_cell = self.hash_of(cell)?;
             let is_of_segment = (of_cell ^ hash).leading_zeros() >= shared;
             let mut before = home(of_cell);
             while before != at && is_filled(before) {
                 before = next(before);
             }
-            if slot(of_cell, found & CELL_MASK) != found || !is_of_segment || before != at {
+            if slot(of_cell, cell) != filled || !is_of_segment || before != at {
                 return Err(Error::Corrupt("hash table: a cell in another's slot"));
             }
-            if of_cell == hash {
+            if of_cell == hash && found != Some(cell) {
                 return Err(Error::Corrupt("hash table: a cell that has lost its name"));
             }
             at = next(at);
@@ -165,6 +167,40 @@ impl<S: Storage> Arena<S> {
             }
         }
         Ok(())
+    }
+
+    /// Checks that the segment that a hash leads to is its own, by a slot in use; or, where it is empty, by who leads there.
+    fn check_segment_of(
+        &self,
+        hash: u64,
+        number: u32,
+        shared: u32,
+        used: Option<u32>,
+    ) -> Result<()> {
+        let is_own = match used {
+            Some(slot) => (self.hash_of(slot & CELL_MASK)? ^ hash).leading_zeros() >= shared,
+            None => {
+                let pointers = self.pointers()?.iter().filter(|to| **to == number);
+                Some(pointers.count()) == self.pointers_to(shared)
+            }
+        };
+        if is_own {
+            Ok(())
+        } else {
+            Err(Error::Corrupt("hash table: pointers to a segment"))
+        }
+    }
+
+    /// The directory of segments.
+    pub(super) fn pointers(&self) -> Result<&[u32]> {
+        let len = 1usize.checked_shl(self.header().depth);
+        len.and_then(|len| self.storage.directory().get(..len))
+            .ok_or(Error::Corrupt("hash table: directory too short"))
+    }
+
+    /// How many of these lead to a segment of hashes with so many leading bits in common.
+    pub(super) fn pointers_to(&self, shared: u32) -> Option<usize> {
+        1usize.checked_shl(self.header().depth.checked_sub(shared)?)
     }
 
     /// Inserts a cell that is not in the table yet.
@@ -307,4 +343,44 @@ fn put(segment: &mut [u32; SEGMENT], hash: u64, cell: u32) -> Result<()> {
         }
     }
     Err(Error::Corrupt("hash table: segment without a free slot"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arena::Heap;
+    use crate::key::ByteRange::Full;
+
+    #[test]
+    fn table_check_finds_a_pointer_to_the_segment_of_others() {
+        let mut arena = Arena::new(Heap::default());
+        arena.table_init().unwrap();
+        arena.tree_init(7).unwrap();
+        for n in 0..30_000 {
+            arena.insert(&format!("a/c/{n}"), Full).unwrap();
+        }
+        let found = arena.find("a/c/5", Full).unwrap();
+        let hash = arena.hash_of_name("a/c/5", Full);
+        assert!(found.is_some());
+        arena.table_check(hash, found).unwrap();
+        assert!(arena.table_check(hash, None).is_err());
+        let at = (hash >> (64 - arena.header().depth)) as usize;
+        let right = arena.pointers().unwrap()[at];
+        let segments = arena.header().segments;
+        assert!(segments > 8);
+        for is_empty in [false, true] {
+            for other in (0..segments).filter(|other| *other != right) {
+                if is_empty {
+                    let segment = arena.segment_mut(other as usize).unwrap();
+                    let shared = segment[1];
+                    *segment = [0; SEGMENT];
+                    segment[1] = shared;
+                }
+                arena.storage.directory_mut()[at] = other;
+                assert!(arena.table_check(hash, None).is_err(), "{is_empty} {other}");
+            }
+            arena.storage.directory_mut()[at] = right;
+            arena.table_check(hash, found).unwrap();
+        }
+    }
 }

@@ -22,3 +22,4 @@ pub(crate) use self::hash_table::SEGMENT;
 pub use self::places::MAX_PAGES;
 pub(crate) use self::places::Place;
 pub use self::storage::{Header, Heap, PolicyState, STRING_SIZES, Storage};
+pub(crate) use self::traverse::LOOKED_AT;

@@ -4,8 +4,11 @@
 use super::arena::{Arena, End, List};
 use super::cell::Kind;
 use super::storage::Storage;
-use super::tree::{CYCLE, EMPTY};
+use super::tree::{CYCLE, Cut, EMPTY};
 use crate::error::{Error, Result};
+
+/// Cells that one step looks at, so that no step holds the lock for long.
+pub(crate) const LOOKED_AT: u32 = 4096;
 
 impl<S: Storage> Arena<S> {
     /// Up to `limit` entries below the directory or object `top`, in any state that `want` accepts.
@@ -55,28 +58,26 @@ impl<S: Storage> Arena<S> {
         Ok(found)
     }
 
-    /// The same without the directories in `top`: its own values, and the ranges of its own keys.
-    pub(crate) fn entries_in(
-        &self,
-        top: u32,
-        limit: usize,
-        mut want: impl FnMut(&Self, u32) -> Result<bool>,
-    ) -> Result<Vec<u32>> {
+    /// Whether one of these directories has so many children that one step cannot look at all of them.
+    pub(crate) fn is_of_many(&self, cut: &Cut, of_absences: bool) -> Result<bool> {
+        let mut counts = cut.iter().map(|(dir, _)| self.get(*dir));
+        counts.try_fold(false, |many, dir| {
+            Ok(many || dir?.children(of_absences)[1] > LOOKED_AT)
+        })
+    }
+
+    /// Children that a prefix cuts off of its directories, unless these are of many: values and objects, or absences.
+    pub(crate) fn cut_off_in_few(&self, cut: &Cut, of_absences: bool) -> Result<Vec<u32>> {
         let mut found = Vec::new();
-        let mut steps = self.storage.cells().len();
-        let mut at = self.get(top)?.older;
-        while at != 0 && found.len() < limit {
-            steps = steps.checked_sub(1).ok_or(CYCLE)?;
-            let cell = self.get(at)?;
-            match cell.kind()? {
-                Kind::Dir => {}
-                Kind::Object => {
-                    found.extend(self.entries_below(at, limit - found.len(), &mut want)?);
+        if self.is_of_many(cut, of_absences)? {
+            return Ok(found);
+        }
+        for &(dir, _) in cut {
+            for i in self.children_in(dir, of_absences)? {
+                if self.get(i)?.kind()? != Kind::Dir && self.is_cut_off(i, cut)? {
+                    found.push(i);
                 }
-                _ if want(self, at)? => found.push(at),
-                _ => {}
             }
-            at = cell.right;
         }
         Ok(found)
     }
@@ -84,7 +85,7 @@ impl<S: Storage> Arena<S> {
     /// Up to `limit` absences below the directory `top`. Takes time in proportion to what is found,
     /// and to the entries and directories below it.
     pub(crate) fn absences_below(&self, top: u32, limit: usize) -> Result<Vec<u32>> {
-        let mut found = self.absences_in(top, limit, |_, _| Ok(true))?;
+        let mut found = self.absences_in(top, limit)?;
         let mut dirs = vec![top];
         let mut steps = self.storage.cells().len();
         while let Some(dir) = dirs.pop() {
@@ -94,7 +95,7 @@ impl<S: Storage> Arena<S> {
                 let cell = self.get(at)?;
                 if cell.kind()? == Kind::Dir {
                     let rest = limit - found.len();
-                    found.extend(self.absences_in(at, rest, |_, _| Ok(true))?);
+                    found.extend(self.absences_in(at, rest)?);
                     dirs.push(at);
                 }
                 at = cell.right;
@@ -103,13 +104,8 @@ impl<S: Storage> Arena<S> {
         Ok(found)
     }
 
-    /// Up to `limit` absences in the directory `dir` itself that `want` accepts.
-    pub(crate) fn absences_in(
-        &self,
-        dir: u32,
-        limit: usize,
-        mut want: impl FnMut(&Self, u32) -> Result<bool>,
-    ) -> Result<Vec<u32>> {
+    /// Up to `limit` absences in the directory `dir` itself.
+    fn absences_in(&self, dir: u32, limit: usize) -> Result<Vec<u32>> {
         let mut found = Vec::new();
         let mut steps = self.storage.cells().len();
         let [mut at, _] = self.get(dir)?.children(true);
@@ -119,9 +115,7 @@ impl<S: Storage> Arena<S> {
             if cell.kind()? != Kind::Absent {
                 return Err(Error::Corrupt("tree: an absence that is none"));
             }
-            if want(self, at)? {
-                found.push(at);
-            }
+            found.push(at);
             at = cell.right;
         }
         Ok(found)

@@ -186,11 +186,14 @@ impl<S: Storage> Arena<S> {
         };
         for &of_absences in kinds {
             let found = self.children_in(i, of_absences)?;
-            for &absence in found.iter().filter(|_| of_absences) {
-                check(
-                    tail_slashes(&self.name(absence)?.0) <= parent.absent_depth(),
-                    "tree: an absence deeper than noted",
-                )?;
+            if parent.kind()? == Kind::Dir {
+                let depth = usize::from(parent.depth(of_absences)?);
+                for &child in &found {
+                    let is_dir = self.get(child)?.kind()? == Kind::Dir;
+                    let slashes = tail_slashes(&self.name(child)?.0);
+                    check(is_dir || slashes <= depth, "tree: a name deeper than noted")?;
+                }
+                check(!found.is_empty() || depth == 0, "tree: depth of nothing")?;
             }
             all += found.len() as u64;
         }
@@ -290,10 +293,7 @@ impl<S: Storage> Arena<S> {
 
     fn validate_table(&self, named: u64) -> Result<()> {
         let mut counted = 0u64;
-        let depth = self.header().depth;
-        let len = 1usize.checked_shl(depth);
-        let directory = len.and_then(|len| self.storage.directory().get(..len));
-        let directory = directory.ok_or(Error::Corrupt("hash table: directory too short"))?;
+        let directory = self.pointers()?;
         for number in 0..self.header().segments {
             let segment = self.segment(number as usize)?;
             let used = segment.iter().skip(2).filter(|slot| **slot != 0).count();
@@ -304,7 +304,7 @@ impl<S: Storage> Arena<S> {
             counted += used as u64;
             let pointers = directory.iter().filter(|entry| **entry == number).count();
             check(
-                segment[1] <= depth && pointers == 1 << (depth - segment[1]),
+                self.pointers_to(segment[1]) == Some(pointers),
                 "hash table: pointers to a segment",
             )?;
         }

@@ -12,11 +12,12 @@
 use super::cache::{BATCH, Cache, Found, Freshness, Victim};
 use super::entry::SKEW;
 use super::in_flight::{ClosedFlight, Ticket};
+use super::keys::{Rest, START};
 use super::lookup::can_serve;
 use super::peers::Peers;
-use crate::arena::{Arena, End, Kind, List, ROOT, State};
+use crate::arena::{Arena, End, Kind, List, ROOT, State, Storage};
 use crate::error::{Error, Result};
-use crate::key::{self, Asked, ByteRange, is_below};
+use crate::key::{self, Asked, ByteRange};
 use crate::policy::Eviction;
 
 /// Absences that an index holds at most, ...
@@ -200,51 +201,52 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(())
     }
 
-    /// Ends absences below a prefix ("" is everything), a batch at a time. Whether there may be more.
+    /// Ends absences below a prefix ("" is everything), a batch at a time, from [`START`] on. Returns where to go on.
     ///
-    /// Keys outside the prefix are looked at only as in [`Cache::drain_prefix`], and not where the
-    /// prefix is as deep as any absence beside it, as that of a chunk is.
-    pub fn drain_absences(&mut self, prefix: &str) -> Result<bool> {
+    /// Keys outside the prefix are looked at only as in [`Cache::drain_prefix`].
+    pub fn drain_absences(&mut self, prefix: &str, at: Rest) -> Result<Option<Rest>> {
         if self.absences() == 0 {
-            return Ok(false);
+            return Ok(None);
         }
         let prefix = prefix.trim_end_matches('/');
         if prefix.is_empty() {
             for _ in 0..BATCH {
                 match self.arena.end(List::Absences, End::First)? {
                     Some(i) => self.remove_absence(i)?,
-                    None => return Ok(false),
+                    None => return Ok(None),
                 }
             }
-            return Ok(true);
+            return Ok(Some(START));
         }
         self.drop_absence(prefix)?;
+        let (found, next) = match self.walk_of(at) {
+            None => self.absences_below(prefix)?,
+            Some(walk) => self.next_cut_off(prefix, walk, true, is_absence)?,
+        };
+        for i in found {
+            self.remove_absence(i)?;
+        }
+        if next.is_none() && self.finds_by_index_alone() {
+            self.arena.check_none_below(prefix, is_absence)?;
+        }
+        Ok(next)
+    }
+
+    /// Absences below a prefix, a batch or a few more at most; and where to go on.
+    fn absences_below(&self, prefix: &str) -> Result<(Vec<u32>, Option<Rest>)> {
         let mut found = Vec::new();
         if let Some(dir) = self.arena.find_dir(&format!("{prefix}/"))?
             && dir != ROOT
         {
             found = self.arena.absences_below(dir, BATCH)?;
         }
-        for above in key::above_tails_below(prefix) {
-            if let Some(dir) = self.arena.find_dir(&above)? {
-                let slashes = prefix.get(above.len()..).unwrap_or("").matches('/').count();
-                if (slashes as u32) < self.arena.get(dir)?.absent_depth() {
-                    let rest = BATCH.saturating_sub(found.len());
-                    found.extend(self.arena.absences_in(dir, rest, |arena, i| {
-                        Ok(is_below(&arena.name(i)?.0, prefix))
-                    })?);
-                }
-            }
+        let next = (found.len() >= BATCH).then_some(START);
+        let cut = self.arena.cut_by(prefix, true)?;
+        found.extend(self.arena.cut_off_in_few(&cut, true)?);
+        if next.is_none() && self.arena.is_of_many(&cut, true)? {
+            return Ok((found, Some(self.walk())));
         }
-        for &i in &found {
-            self.remove_absence(i)?;
-        }
-        let is_more = found.len() >= BATCH;
-        if !is_more && self.finds_by_index_alone() {
-            let is_absence = |arena: &Arena<S>, i| Ok(arena.get(i)?.kind()? == Kind::Absent);
-            self.arena.check_none_below(prefix, is_absence)?;
-        }
-        Ok(is_more)
+        Ok((found, next))
     }
 
     /// Whether the source is known not to have a key.
@@ -327,4 +329,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let names = cells.into_iter().filter(known).map(|i| self.arena.name(i));
         names.map(|name| Ok(name?.0)).collect()
     }
+}
+
+fn is_absence<S: Storage>(arena: &Arena<S>, i: u32) -> Result<bool> {
+    Ok(arena.get(i)?.kind()? == Kind::Absent)
 }

@@ -2,6 +2,7 @@
 
 use super::cache::{BATCH, Cache, Victim, shared_hash};
 use super::in_flight::{Flights, Ticket};
+use super::keys::{Rest, START};
 use super::peers::Peers;
 use super::segments::OpenSegment;
 use crate::arena::{Arena, List, ROOT, State, Storage};
@@ -107,52 +108,58 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(())
     }
 
-    /// Drops entries below a prefix ("" is everything), a batch at a time, until it returns nothing.
+    /// Drops entries below a prefix ("" is everything), a batch at a time, from [`START`] on. Returns where to go on.
     ///
-    /// Keys outside the prefix are not looked at, except that a prefix that ends inside chunk
-    /// coordinates (`a/c/12`, or a number below numbers) looks at the other chunks of that array.
-    pub fn drain_prefix(&mut self, prefix: &str) -> Result<Vec<Victim>> {
+    /// Keys outside the prefix are not looked at, except where it ends inside the chunk coordinates of keys below it
+    /// (`a/c/12`, where `a/c/12/3` is cached): those of the same array if they are few, else all, once.
+    pub fn drain_prefix(&mut self, prefix: &str, at: Rest) -> Result<(Vec<Victim>, Option<Rest>)> {
         let prefix = prefix.trim_end_matches('/');
-        let found = self.find_below(prefix)?;
-        if found.is_empty() && self.finds_by_index_alone() {
-            self.arena.check_none_below(prefix, is_live_entry)?;
-        }
+        let (found, next) = match self.walk_of(at) {
+            None => self.find_below(prefix)?,
+            Some(walk) => self.next_cut_off(prefix, walk, false, is_live_entry)?,
+        };
         let mut victims = Vec::new();
         for i in found {
             if is_live(&self.arena, i)? {
                 self.take(i, &mut victims)?;
             }
         }
-        Ok(victims)
+        if next.is_none() && self.finds_by_index_alone() {
+            self.arena.check_none_below(prefix, is_live_entry)?;
+        }
+        Ok((victims, next))
     }
 
-    /// Entries below a prefix that can be served, a batch or a few more at most.
-    fn find_below(&self, prefix: &str) -> Result<Vec<u32>> {
-        if prefix.is_empty() {
-            return self.arena.entries_below(ROOT, BATCH, is_live);
-        }
+    /// Entries below a prefix that can be served, a batch or a few more at most; and where to go on.
+    fn find_below(&self, prefix: &str) -> Result<(Vec<u32>, Option<Rest>)> {
         let mut found = Vec::new();
-        found.extend(self.arena.find(prefix, ByteRange::Full)?);
-        if let Some(object) = self.arena.find_object(prefix)? {
-            found.extend(self.arena.entries_below(object, BATCH, is_live)?);
-        }
-        if let Some(dir) = self.arena.find_dir(&format!("{prefix}/"))? {
-            found.extend(self.arena.entries_below(dir, BATCH, is_live)?);
-        }
-        for above in key::above_tails_below(prefix) {
-            if let Some(dir) = self.arena.find_dir(&above)? {
-                found.extend(self.arena.entries_in(dir, BATCH, |arena, i| {
-                    Ok(is_live(arena, i)? && is_below(&arena.name(i)?.0, prefix))
-                })?);
+        let mut next = None;
+        if prefix.is_empty() {
+            found = self.arena.entries_below(ROOT, BATCH, is_live)?;
+        } else {
+            let value = self.arena.find(prefix, ByteRange::Full)?;
+            let cut = self.arena.cut_by(prefix, false)?;
+            for i in value
+                .into_iter()
+                .chain(self.arena.find_object(prefix)?)
+                .chain(self.arena.find_dir(&format!("{prefix}/"))?)
+                .chain(self.arena.cut_off_in_few(&cut, false)?)
+            {
+                if !self.arena.get(i)?.is_entry() {
+                    let rest = BATCH.saturating_sub(found.len());
+                    found.extend(self.arena.entries_below(i, rest, is_live)?);
+                } else if is_live(&self.arena, i)? {
+                    found.push(i);
+                }
+            }
+            if self.arena.is_of_many(&cut, false)? {
+                next = Some(self.walk());
             }
         }
-        let mut live = Vec::with_capacity(found.len());
-        for i in found {
-            if is_live(&self.arena, i)? {
-                live.push(i);
-            }
+        if found.len() >= BATCH {
+            next = Some(START);
         }
-        Ok(live)
+        Ok((found, next))
     }
 
     /// In a forked child: what other threads of the parent had in progress never ends here.

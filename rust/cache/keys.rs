@@ -3,17 +3,20 @@
 use super::cache::{BATCH, Cache, Freshness};
 use super::lookup::can_serve;
 use super::peers::Peers;
-use crate::arena::{Kind, ROOT, State};
+use crate::arena::{Arena, Kind, LOOKED_AT, ROOT, State};
 use crate::error::Result;
 use crate::key::{self, ByteRange, is_below};
 use crate::policy::Eviction;
 
-/// Cells that one step looks at, so that no step holds the lock for long.
-const LOOKED_AT: u32 = 4 * BATCH as u32;
-
 /// Where a walk over all keys goes on: cells from the first number up to the second. An entry stays in
 /// its cell, so a walk meets each key that stays, whatever else changes meanwhile.
 pub type Cursor = (u32, u32);
+
+/// Where a drain goes on: in a walk, and the seed of the index that it is over. In another one it begins anew.
+pub type Rest = (Cursor, u64);
+
+/// Where a drain begins; see [`Cache::drain_prefix`].
+pub const START: Rest = ((0, 0), 0);
 
 /// An entry as the index lists it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -172,6 +175,42 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             }
         }
         Ok((found, (stop < end).then_some((stop, end))))
+    }
+
+    /// The walk that a drain goes on with; `None` where it begins.
+    pub(super) fn walk_of(&self, (cursor, seed): Rest) -> Option<Cursor> {
+        (cursor != START.0 && seed == self.arena.header().seed).then_some(cursor)
+    }
+
+    /// Where a drain begins to walk over all keys.
+    pub(super) fn walk(&self) -> Rest {
+        (self.first_keys(), self.arena.header().seed)
+    }
+
+    /// Cells that are wanted of those that a prefix cuts off of a directory of many, a batch; and where to go on.
+    pub(super) fn next_cut_off(
+        &self,
+        prefix: &str,
+        (from, end): Cursor,
+        of_absences: bool,
+        is_wanted: impl Fn(&Arena<S>, u32) -> Result<bool>,
+    ) -> Result<(Vec<u32>, Option<Rest>)> {
+        let mut found = Vec::new();
+        let cut = self.arena.cut_by(prefix, of_absences)?;
+        if cut.is_empty() {
+            return Ok((found, None));
+        }
+        let end = end.min(self.arena.header().cells_used);
+        let stop = end.min(from.saturating_add(LOOKED_AT));
+        let mut at = from.max(ROOT);
+        while at < stop && found.len() < BATCH {
+            if is_wanted(&self.arena, at)? && self.arena.is_cut_off(at, &cut)? {
+                found.push(at);
+            }
+            at += 1;
+        }
+        let seed = self.arena.header().seed;
+        Ok((found, (at < end).then_some(((at, end), seed))))
     }
 
     /// Whether a cell stands for its key: that of the full value, or else that of the ranges.

@@ -37,7 +37,7 @@ pub use self::cache::{BATCH, Cache, Found, Freshness, Limits, Stats, Tally, Veri
 pub use self::commit::Committed;
 pub use self::decoded::Decode;
 pub use self::in_flight::{ClosedFlight, Flights, Ticket};
-pub use self::keys::{Cursor, Entry};
+pub use self::keys::{Cursor, Entry, Rest, START};
 pub use self::lookup::Joined;
 pub use self::moves::{BeginMove, Move};
 pub use self::peers::{Participant, Peers, Version, WRITES};

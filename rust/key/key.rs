@@ -160,11 +160,9 @@ pub fn above_tails_below(prefix: &str) -> impl Iterator<Item = String> {
 
 /// Whether a key is a prefix or below it; each is below "".
 #[must_use]
-pub fn is_below(key: &str, prefix: &str) -> bool {
-    prefix.is_empty()
-        || key
-            .strip_prefix(prefix)
-            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+pub fn is_below(key: impl AsRef<[u8]>, prefix: &str) -> bool {
+    let rest = key.as_ref().strip_prefix(prefix.as_bytes());
+    prefix.is_empty() || matches!(rest, Some([] | [b'/', ..]))
 }
 
 /// The directories in the first half of [`split`], outermost first.

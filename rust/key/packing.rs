@@ -110,6 +110,21 @@ impl<'a> Label<'a> {
             Label::Raw(_) => Packing::Raw,
         }
     }
+
+    /// Slashes in the text.
+    #[must_use]
+    pub fn slashes(&self) -> usize {
+        match self {
+            Label::Packed(word, _) => {
+                // Half a byte that is a slash is zero here, and only that.
+                let others = u64::from_le_bytes(*word) ^ all(0xaa);
+                let others = others | others >> 2;
+                let others = (others | others >> 1) & all(0x11);
+                2 * INLINE - others.count_ones() as usize
+            }
+            Label::Raw(bytes) => bytes.iter().filter(|c| **c == b'/').count(),
+        }
+    }
 }
 
 /// Splits a key into its directories and the label of its tail.
@@ -221,6 +236,7 @@ mod tests {
         let mut out = b"a/".to_vec();
         assert!(label.packing().decode(label.bytes(), &mut out), "{tail}");
         assert_eq!(out, [b"a/", tail.as_bytes()].concat(), "{tail}");
+        assert_eq!(label.slashes(), tail.matches('/').count(), "{tail}");
         (label.packing(), label.bytes().len())
     }
 

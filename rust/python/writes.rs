@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 use super::backing::{Flight, step};
 use super::convert::{RawVictim, raw_victims};
 use super::index::Index;
+use crate::cache::{Rest, START};
 
 #[pymethods]
 impl Index {
@@ -52,17 +53,22 @@ impl Index {
         })
     }
 
-    #[pyo3(signature = (prefix, /))]
-    fn drain_prefix(&self, py: Python<'_>, prefix: &str) -> PyResult<Vec<RawVictim>> {
+    #[pyo3(signature = (prefix, at=START, /))]
+    fn drain_prefix(
+        &self,
+        py: Python<'_>,
+        prefix: &str,
+        at: Rest,
+    ) -> PyResult<(Vec<RawVictim>, Option<Rest>)> {
         let prefix = &*self.below(prefix);
-        let victims = step!(self, py, |cache| cache.drain_prefix(prefix))?;
-        Ok(raw_victims(victims))
+        let (victims, next) = step!(self, py, |cache| cache.drain_prefix(prefix, at))?;
+        Ok((raw_victims(victims), next))
     }
 
-    #[pyo3(signature = (prefix, /))]
-    fn drain_absences(&self, py: Python<'_>, prefix: &str) -> PyResult<bool> {
+    #[pyo3(signature = (prefix, at=START, /))]
+    fn drain_absences(&self, py: Python<'_>, prefix: &str, at: Rest) -> PyResult<Option<Rest>> {
         let prefix = &*self.below(prefix);
-        step!(self, py, |cache| cache.drain_absences(prefix))
+        step!(self, py, |cache| cache.drain_absences(prefix, at))
     }
 
     #[pyo3(signature = (prefix, /))]

@@ -14,7 +14,7 @@ pub(super) const VERSIONS: usize = 16 * 1024;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"zcache\r\n");
 /// Changes with every change of the layout; an index of another format is rebuilt.
-const INDEX_FORMAT: u32 = 22;
+const INDEX_FORMAT: u32 = 23;
 /// Reads as another number where the byte order differs.
 const BYTE_ORDER: u32 = 0x0102_0304;
 

@@ -851,19 +851,17 @@ impl Model {
         }
     }
 
-    /// Returns whether more is to be drained.
-    pub(crate) fn drained(&mut self, prefix: &str, victims: &[Victim]) -> bool {
+    pub(crate) fn drained(&mut self, prefix: &str, victims: &[Victim], is_all: bool) {
         for victim in victims {
             let name = self.name_of(victim);
             assert!(below(&name.0, prefix), "{name:?} is not below {prefix:?}");
             assert_eq!(self.entries[&name].state, State::Live);
             self.take(&name);
         }
-        if victims.is_empty() {
+        if is_all {
             let left = self.recency.iter().find(|name| below(&name.0, prefix));
             assert_eq!(left, None, "left below {prefix:?}");
         }
-        !victims.is_empty()
     }
 
     pub(crate) fn forked(&mut self) {

@@ -442,7 +442,7 @@ def test_chunk_whose_bytes_were_read_anew_is_decoded_anew(clock: FakeClock) -> N
     clock.advance(1)
     # Evicted from the byte cache alone, and read again.
     index = store._cache.shared.handle.index
-    victims = index.drain_prefix("v/c")
+    victims, _ = index.drain_prefix("v/c")
     for _, name in victims:
         del store._cache_store._store_dict[name]  # type: ignore[attr-defined]
     index.confirm_deletes([cell for cell, _ in victims], [])

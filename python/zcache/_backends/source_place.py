@@ -14,6 +14,7 @@ from zarr.storage import MemoryStore
 
 from zcache._backends.memory import MemoryBackend
 from zcache._core import Index
+from zcache._index.calls import drain_absences
 from zcache._index.handle import ignore
 from zcache._runtime.fork import at_fork
 from zcache._runtime.registry import Registry
@@ -164,8 +165,7 @@ class SourceBackend(MemoryBackend):
 
 
 def _drain_absences(index: Index, prefix: str) -> None:
-    while index.drain_absences(prefix):
-        pass
+    drain_absences(index.drain_absences, prefix)
 
 
 def _after_fork() -> None:

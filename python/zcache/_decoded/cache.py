@@ -20,6 +20,7 @@ from zcache._decoded.lapsed import Lapsed
 from zcache._decoded.origins import Origins
 from zcache._decoded.outputs import Outputs
 from zcache._decoded.room import Room
+from zcache._index.calls import drained
 from zcache._runtime.fork import at_fork
 from zcache._runtime.registry import Registry
 
@@ -355,7 +356,7 @@ class DecodedCache:
         self.give_up_stopped()
         index = self._index
         index.invalidate("")
-        while victims := index.drain_prefix(""):
+        for victims in drained(index.drain_prefix, ""):
             self.room.remove(victims)
         self.room.give_back_unused()
         self.outputs.clear()
@@ -376,7 +377,7 @@ class DecodedCache:
         for number in range(len(self._layouts)):
             scope = f"{number}/{prefix}"
             index.invalidate(scope)
-            while victims := index.drain_prefix(scope):
+            for victims in drained(index.drain_prefix, scope):
                 self.room.remove(victims)
 
     def count_seconds(self, seconds: float) -> None:

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from collections import deque
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from zcache._core import CorruptIndexError, Index, Plan, Stats
     from zcache._runtime.io import IO
     from zcache._runtime.registry import Registry
 
 T = TypeVar("T")
+Rest: TypeAlias = tuple[tuple[int, int], int]
 
 COMPLETE_TIMEOUT: Final = 60.0
 """Seconds that those wait at most who need all that is cached, while the index does not know it yet."""
+
+
+START: Final[Rest] = ((0, 0), 0)
+"""Where `Index.drain_prefix` and `Index.drain_absences` begin."""
+
+
+def drained(
+    step: Callable[[str, Rest], tuple[list[tuple[int, str]], Rest | None]], prefix: str
+) -> Iterator[list[tuple[int, str]]]:
+    """Drop entries below a prefix by `Index.drain_prefix`, however that is called; some of them after each call."""
+    rest: Rest | None = START
+    while rest is not None:
+        victims, rest = step(prefix, rest)
+        if victims:
+            yield victims
+
+
+def drain_absences(step: Callable[[str, Rest], Rest | None], prefix: str) -> None:
+    """End absences below a prefix by `Index.drain_absences`, however that is called."""
+    rest: Rest | None = START
+    while rest is not None:
+        rest = step(prefix, rest)
 
 
 def is_complete(index: Index) -> bool:

@@ -7,12 +7,13 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import Index
-from zcache._index.handle import ignore
+from zcache._index.calls import START
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from zcache._backends.base import Backend
+    from zcache._backends.base import Backend, Victim
+    from zcache._index.calls import Rest
     from zcache._runtime.io import IO
 
 TURN: Final = 0.01
@@ -45,11 +46,16 @@ class Drain:
                 begun = time.monotonic()
 
         try:
-            while victims := await self._handle.call(io, Index.drain_prefix, prefix):
-                count += len(victims)
-                await self._backend.remove(io, victims)
+            rest: Rest | None = START
+            while rest is not None:
+                victims, rest = await self._handle.call(io, Index.drain_prefix, prefix, rest)
+                if victims:
+                    count += len(victims)
+                    await self._backend.remove(io, victims)
                 await turn()
-            while await self._handle.call(io, Index.drain_absences, prefix):
+            rest = START
+            while rest is not None:
+                rest = await self._handle.call(io, Index.drain_absences, prefix, rest)
                 await turn()
         except BaseException:
             self.later(prefix)
@@ -62,29 +68,40 @@ class Drain:
         Where the index has to be waited for, that happens in the background.
         """
 
+        def remove(answer: tuple[list[Victim], Rest | None]) -> Rest | None:
+            victims, rest = answer
+            if victims:
+                self._backend.remove_later(victims)
+            return rest
+
         def drain(_: object) -> None:
-            self._repeat_later(self._backend.remove_later, Index.drain_prefix, prefix)
-            self._repeat_later(ignore, Index.drain_absences, prefix)
+            self._repeat_later(remove, Index.drain_prefix, prefix, START)
+            self._repeat_later(lambda rest: rest, Index.drain_absences, prefix, START)
 
         self._handle.call_later(drain, Index.invalidate, prefix, begins)
 
     def _repeat_later(
-        self, then: Callable[[Any], object], step: Callable[[Index, str], Any], prefix: str
+        self,
+        then: Callable[[Any], Rest | None],
+        step: Callable[[Index, str, Rest], Any],
+        prefix: str,
+        at: Rest,
     ) -> None:
-        """Take a step until its answer is empty; `then` gets the others."""
+        """Take a step until nothing is left; `then` gets each answer, and returns where to go on."""
         here, is_running, goes_on = threading.get_ident(), True, True
 
         def take(answer: Any) -> None:
-            nonlocal goes_on
-            if not answer:
+            nonlocal goes_on, at
+            rest = then(answer)
+            if rest is None:
                 return
-            then(answer)
+            at = rest
             if is_running and threading.get_ident() == here:
                 goes_on = True  # In the loop below: there may be many.
             else:
-                self._repeat_later(then, step, prefix)
+                self._repeat_later(then, step, prefix, at)
 
         while goes_on:
             goes_on = False
-            self._handle.call_later(take, step, prefix)
+            self._handle.call_later(take, step, prefix, at)
         is_running = False

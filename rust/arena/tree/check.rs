@@ -6,7 +6,7 @@ use crate::arena::cell::Kind;
 use crate::arena::storage::Storage;
 use crate::error::{Error, Result};
 use crate::key;
-use crate::key::packing::{self, Label};
+use crate::key::packing;
 
 impl<S: Storage> Arena<S> {
     /// Checks that damage hides nothing of a key that is about to be changed: what is not found is not there, and the ranges
@@ -18,15 +18,15 @@ impl<S: Storage> Arena<S> {
             match self.locate(dirs, &label, kind)?.found {
                 Some(object) if kind == Kind::Object => drop(self.children_in(object, false)?),
                 Some(_) => {}
-                None => self.table_check_missing(hash(&label, above, kind))?,
+                None => self.table_check(hash(&label, above, kind), None)?,
             }
         }
         Ok(())
     }
 
-    /// Checks that nothing that is `unwanted` is at or below a prefix, by the tree alone: what the hash table has lost
-    /// is found as well, and a directory that has lost its name is damage. Looks at what lies beside each directory of the
-    /// prefix.
+    /// Checks that damage hides nothing that is `unwanted` at or below a prefix: each name that may lead there is entered once or
+    /// not at all, and what hangs from it is looked at. Where a prefix cuts names of a directory of very many off, these
+    /// are left out: they are looked for among all cells.
     pub(crate) fn check_none_below(
         &self,
         prefix: &str,
@@ -35,33 +35,34 @@ impl<S: Storage> Arena<S> {
         if self.get(ROOT)?.kind()? != Kind::Dir {
             return Err(Error::Corrupt("tree: the root is no directory"));
         }
-        let (own, label) = packing::split(prefix);
-        let tails: Vec<String> = key::above_tails_below(prefix).collect();
-        let (mut dir, mut path) = (ROOT, 0);
-        while path < prefix.len() {
-            let (above, rest) = prefix.split_at_checked(path).unwrap_or_default();
-            let name = rest.split('/').next().unwrap_or(rest);
-            let mut below = None;
-            for child in self.children(dir)? {
-                if self.get(child)?.kind()? == Kind::Dir {
-                    let found = Label::Raw(self.label(child)?);
-                    if self.hash_below(dir, Kind::Dir, &found)? != self.get(child)?.hash() {
-                        return Err(Error::Corrupt("tree: a directory that has lost its name"));
-                    }
-                    if found.bytes() == name.as_bytes() {
-                        below = Some(child);
-                    }
-                } else if above == own && self.label_is(child, &label)?
-                    || tails.iter().any(|tails| tails == above)
-                        && key::is_below(&self.name(child)?.0, prefix)
-                {
-                    self.check_none_in(child, &unwanted)?;
-                }
-            }
-            let Some(found) = below else { return Ok(()) };
-            (dir, path) = (found, path + name.len() + 1);
+        if prefix.is_empty() {
+            return self.check_none_in(ROOT, &unwanted);
         }
-        self.check_none_in(dir, &unwanted)
+        let (dirs, label) = packing::split(prefix);
+        let above = self.dir_hash(dirs);
+        for kind in [Kind::Value, Kind::Object, Kind::Absent] {
+            let found = self.locate(dirs, &label, kind)?.found;
+            self.table_check(hash(&label, above, kind), found)?;
+            if let Some(found) = found {
+                self.check_none_in(found, &unwanted)?;
+            }
+        }
+        let below = format!("{prefix}/");
+        let found = self.find_dir(&below)?;
+        self.table_check(self.dir_hash(&below), found)?;
+        if let Some(found) = found {
+            self.check_none_in(found, &unwanted)?;
+        }
+        for above in key::above_tails_below(prefix) {
+            self.table_check(self.dir_hash(&above), self.find_dir(&above)?)?;
+        }
+        for of_absences in [false, true] {
+            let cut = self.cut_by(prefix, of_absences)?;
+            for i in self.cut_off_in_few(&cut, of_absences)? {
+                self.check_none_in(i, &unwanted)?;
+            }
+        }
+        Ok(())
     }
 
     /// The same of a cell and all below it.

@@ -1,7 +1,6 @@
 //! Cells come into the tree with the directories above them, and go with those that this empties.
 
 use super::find::Located;
-use super::tail_slashes;
 use crate::arena::arena::{Arena, End, OVERFLOW, ROOT};
 use crate::arena::cell::{Cell, Kind};
 use crate::arena::storage::Storage;
@@ -27,14 +26,7 @@ impl<S: Storage> Arena<S> {
 
     /// Makes the cell of an absence, with its directories; `None` where it exists.
     pub(crate) fn insert_absence(&mut self, key: &str) -> Result<Option<u32>> {
-        let made = self.insert_as(Kind::Absent, key, ByteRange::Full)?;
-        if let Some(i) = made {
-            let slashes = tail_slashes(key);
-            let parent = self.get(i)?.parent;
-            let dir = self.get_mut(parent)?;
-            dir.set_absent_depth(dir.absent_depth().max(slashes));
-        }
-        Ok(made)
+        self.insert_as(Kind::Absent, key, ByteRange::Full)
     }
 
     /// Makes the cell of an entry, with its directories; `None` where it exists.
@@ -105,7 +97,15 @@ impl<S: Storage> Arena<S> {
 
     fn add_child(&mut self, parent: u32, kind: Kind, label: &Label, hash: u64) -> Result<u32> {
         let is_absence = kind == Kind::Absent;
-        let [first, count] = self.get(parent)?.children(is_absence);
+        let above = self.get(parent)?;
+        let [first, count] = above.children(is_absence);
+        let depth = match kind {
+            Kind::Value | Kind::Object | Kind::Absent => {
+                let slashes = u8::try_from(label.slashes()).unwrap_or(u8::MAX);
+                Some(slashes.max(above.depth(is_absence)?))
+            }
+            _ => None,
+        };
         let mut cell = Cell::new(kind);
         cell.parent = parent;
         cell.right = first;
@@ -122,7 +122,11 @@ impl<S: Storage> Arena<S> {
             self.get_mut(first)?.left = i;
         }
         let count = count.checked_add(1).ok_or(OVERFLOW)?;
-        self.get_mut(parent)?.set_children(is_absence, [i, count]);
+        let above = self.get_mut(parent)?;
+        above.set_children(is_absence, [i, count]);
+        if let Some(depth) = depth {
+            above.set_depth(is_absence, depth);
+        }
         Ok(i)
     }
 
@@ -177,8 +181,8 @@ impl<S: Storage> Arena<S> {
             .checked_sub(1)
             .ok_or(Error::Corrupt("tree: more children than counted"))?;
         above.set_children(is_absence, [first, count]);
-        if is_absence && count == 0 {
-            above.set_absent_depth(0);
+        if count == 0 {
+            above.set_depth(is_absence, 0);
         }
         if above.kind()? == Kind::Object {
             above.forget_hint(i);

@@ -1,5 +1,7 @@
 //! From a key to its cell.
 
+use smallvec::SmallVec;
+
 use super::{hash, salt};
 use crate::arena::arena::{Arena, ROOT};
 use crate::arena::cell::Kind;
@@ -15,6 +17,9 @@ pub(super) struct Located {
     /// The cell of the directory and the hash of the key in it, where they were needed anyway.
     pub(super) below: Option<(u32, u64)>,
 }
+
+/// See [`Arena::cut_by`].
+pub(crate) type Cut<'a> = SmallVec<[(u32, &'a str); 2]>;
 
 impl<S: Storage> Arena<S> {
     /// Whether cell `i` is the directory with this path.
@@ -59,6 +64,35 @@ impl<S: Storage> Arena<S> {
             return Ok(Some(dir));
         }
         self.table_find(self.dir_hash(dirs), |i| self.is_dir(i, dirs))
+    }
+
+    /// Directories above a prefix with names below it, each with the rest of the prefix there. Of full chunk keys that is
+    /// none, by the depths of directories.
+    pub(crate) fn cut_by<'a>(&self, prefix: &'a str, of_absences: bool) -> Result<Cut<'a>> {
+        let mut cut = Cut::new();
+        for above in key::above_tails_below(prefix) {
+            let rest = prefix.get(above.len()..).unwrap_or("");
+            if let Some(dir) = self.find_dir(&above)?
+                && rest.matches('/').count() < usize::from(self.get(dir)?.depth(of_absences)?)
+            {
+                cut.push((dir, rest));
+            }
+        }
+        Ok(cut)
+    }
+
+    /// Whether a cell is, or is a range of, a key that such a prefix cuts off.
+    pub(crate) fn is_cut_off(&self, mut i: u32, cut: &Cut) -> Result<bool> {
+        let mut above = self.get(i)?.parent;
+        if self.get(above)?.kind()? == Kind::Object {
+            (i, above) = (above, self.get(above)?.parent);
+        }
+        let Some((_, rest)) = cut.iter().find(|(dir, _)| *dir == above) else {
+            return Ok(false);
+        };
+        let mut tail = Vec::with_capacity(2 * INLINE);
+        let is_known = self.get(i)?.packing()?.decode(self.label(i)?, &mut tail);
+        Ok(is_known && key::is_below(tail, rest))
     }
 
     /// The cell of this kind of a key.

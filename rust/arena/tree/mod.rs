@@ -10,6 +10,8 @@ mod check;
 mod edit;
 mod find;
 
+pub(crate) use self::find::Cut;
+
 use super::arena::Arena;
 use super::cell::Kind;
 use super::storage::Storage;
@@ -45,8 +47,8 @@ fn hash(label: &Label, seed: u64, kind: Kind) -> u64 {
 }
 
 /// Slashes in the part of a key that its cell has as its name.
-pub(super) fn tail_slashes(key: &str) -> u32 {
-    key::split(key).1.matches('/').count() as u32
+pub(super) fn tail_slashes(key: &str) -> usize {
+    key::split(key).1.matches('/').count()
 }
 
 impl<S: Storage> Arena<S> {

@@ -313,7 +313,8 @@ def test_delete_that_is_interrupted_anywhere_gives_its_room_back(tmp_path: Path)
     for at in itertools.count():
         store.set_sync("a", buf(bytes(60)))
         assert store.drain_sync(timeout=60)
-        remove = store._cache.backend.remove(io, shared.handle.index.drain_prefix("a"))
+        victims, _ = shared.handle.index.drain_prefix("a")
+        remove = store._cache.backend.remove(io, victims)
         # Not before it has taken note of them.
         is_interrupted = Interrupter(at + 6).run(partial(run_without_loop, remove))
         # What was left is tried again.

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._backends.access import Access
@@ -22,7 +23,7 @@ from zcache._backends.directory.rebuild import REBUILD_PATIENCE, Rebuild
 from zcache._backends.directory.recovery import Recovery
 from zcache._backends.directory.stamp import InUseError, Stamp
 from zcache._core import Index, IndexBusyError, IndexFullError, remove_victims
-from zcache._index.calls import is_complete
+from zcache._index.calls import drain_absences, drained, is_complete
 from zcache._index.handle import IndexHandle
 from zcache._index.place import Place
 from zcache._runtime.fork import at_fork
@@ -296,15 +297,14 @@ class CacheDirectory(Place):
         return call(_is_alone, timeout=None)
 
     def _empty(self) -> None:
-        call = self.handle.call_opened
+        call = partial(self.handle.call_opened, timeout=None)
         with counted(self.handle):
-            call(Index.invalidate, "", timeout=None)
-            while victims := call(Index.drain_prefix, "", timeout=None):
+            call(Index.invalidate, "")
+            for victims in drained(partial(call, Index.drain_prefix), ""):
                 for _, name in victims:
                     files.remove_value(self.root, name)
-                call(Index.confirm_deletes, [cell for cell, _ in victims], [], timeout=None)
-            while call(Index.drain_absences, "", timeout=None):
-                pass
+                call(Index.confirm_deletes, [cell for cell, _ in victims], [])
+            drain_absences(partial(call, Index.drain_absences), "")
             # And what the index does not know.
             self.scanner.remove_below("")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from zcache._backends.access import Access
 from zcache._backends.directory.rebuild import REBUILD_PATIENCE
 from zcache._core import Index
+from zcache._index.calls import drain_absences, drained
 from zcache._index.handle import IndexHandle
 from zcache._runtime.thread_calls import run_in_background
 from zcache.exceptions import CacheOwnershipError, CacheUnreachableError
@@ -207,10 +208,9 @@ def _cannot() -> bool:
 
 def _drop(index: Index, prefix: str) -> None:
     index.invalidate(prefix)
-    while victims := index.drain_prefix(prefix):
+    for victims in drained(index.drain_prefix, prefix):
         index.confirm_deletes([cell for cell, _ in victims], [])
-    while index.drain_absences(prefix):
-        pass
+    drain_absences(index.drain_absences, prefix)
 
 
 def _look(private_index: PrivateIndex | None) -> None:

@@ -20,6 +20,7 @@ from zcache._backends.tombstones import (
     with_tombstone,
 )
 from zcache._core import Index, is_cacheable_key, write_tombstone
+from zcache._index.calls import drained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -202,7 +203,8 @@ class Scanner:
             logger.debug("the file %s in %s cannot be removed: %r", name, self._root, error)
 
     def _drop_below(self, handle: IndexHandle, prefix: str) -> None:
-        while victims := handle.call_opened(Index.drain_prefix, prefix, timeout=None):
+        step = partial(handle.call_opened, Index.drain_prefix, timeout=None)
+        for victims in drained(step, prefix):
             dropped, failed = [], []
             for cell, name in victims:
                 try:

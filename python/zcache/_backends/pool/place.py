@@ -20,7 +20,7 @@ from zcache._backends.pool.register import label_of, note_of
 from zcache._backends.pool.source import PoolSource, SharedPool
 from zcache._backends.store.bound import evict_from
 from zcache._core import DEFAULT_MINIMISED, DEFAULT_POLICY, Index, SegmentReader, crc32c
-from zcache._index.calls import COMPLETE_TIMEOUT, is_complete
+from zcache._index.calls import COMPLETE_TIMEOUT, drain_absences, drained, is_complete
 from zcache._index.handle import IndexHandle
 from zcache._index.limits import greatest, least, strictest
 from zcache._index.shared import Member, breaker_of, choose_policy
@@ -245,10 +245,9 @@ class Pool:
         self.check_usable()
         label, call = label_of(name), self.handle.call_blocking
         call(Index.invalidate, label)
-        while victims := call(Index.drain_prefix, label):
+        for victims in drained(partial(call, Index.drain_prefix), label):
             self._delete(victims)
-        while call(Index.drain_absences, label):
-            pass
+        drain_absences(partial(call, Index.drain_absences), label)
         self.check_usable()
         if label in self.names:
             self.names[label] = {**self.names[label], "forgotten": True}

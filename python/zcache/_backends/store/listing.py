@@ -18,6 +18,7 @@ from zarr.storage import MemoryStore
 from zcache._backends.ownership import Kind, not_ours, other_source, parse_stamp, stamp_text
 from zcache._backends.tombstones import DROPPED, RANGES, key_of, tombstone, with_tombstone
 from zcache._byte_ranges import is_encodable, is_reserved
+from zcache._index.calls import drained
 from zcache._runtime.buffers import to_cpu_buffer
 from zcache._runtime.coroutines import NoAnswerError, within
 from zcache._runtime.latch import Latch
@@ -244,7 +245,7 @@ class Listing:
         prefixes = [""] if "" in self._changed else sorted(self._changed)
         victims: list[tuple[int, str]] = []
         for prefix in prefixes:
-            while found := index.drain_prefix(prefix):
+            for found in drained(index.drain_prefix, prefix):
                 victims += found
         self._changed.clear()
         return victims
