@@ -44,6 +44,7 @@ GROUPS = {
     "slow_cache": ("_cold", "slow_cache"),
     "fills": ("_cold", "fill_rate"),
     "ranges": ("_ranges", "growth"),
+    "deletes": ("_deletes", "siblings"),
     "bookkeeping": ("_index", "bookkeeping"),
     "throughput": ("_index", "throughput"),
     "memory": ("_capacity", "memory"),
