@@ -25,6 +25,7 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteReques
 from zarr.storage import LocalStore, MemoryStore
 
 from directories import open_store
+from interrupting import Interrupter
 from pools import CACHES
 from support import (
     PROTOTYPE,
@@ -47,6 +48,7 @@ from zcache import (
     replay,
 )
 from zcache._advice import recording
+from zcache._runtime.latch import Latch
 from zcache._source.slicing import slices_like_python
 from zcache.testing import StoreDouble
 
@@ -418,6 +420,7 @@ def test_recording_that_cannot_keep_up_says_how_many_it_lacks(
     monkeypatch.setattr(recording, "MOST", 20)
     monkeypatch.setattr(recording, "PAUSE", 3600.0)
     store = CacheStore(source_of(1))
+    value_sync(store, "a/c/0")
     with caplog.at_level(logging.WARNING, "zcache"), store.record(path) as made:
         for _ in range(50):
             value_sync(store, "a/c/0")
@@ -430,13 +433,15 @@ async def test_recording_of_reads_that_never_end_is_bounded(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recording, "MOST_PENDING", 10)
+    monkeypatch.setattr(recording, "PAUSE", 0.001)
     source = StoreDouble(source_of(100))
     store = CacheStore(source)
     with store.record(path) as made:
         gate = source.block("get")
         tasks = [asyncio.ensure_future(read(store, f"a/c/{number}")) for number in range(100)]
         await until(lambda: gate.entered == 100)
-        assert made._writer._pending_count <= 10
+        await until(lambda: not made._writer._told)
+        assert made._writer._outcomes.pending <= 10
     assert len(rows_of(path)) == 100
     gate.release()
     await asyncio.gather(*tasks)
@@ -459,6 +464,71 @@ def test_recording_ends_where_its_file_does_and_no_read_fails(
     rows = rows_of(path)
     assert len(rows) >= 100
     assert replay(path).requests == len(rows)
+
+
+def test_recording_that_is_left_behind_by_its_writer_is_bounded(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "MOST", 20)
+    monkeypatch.setattr(recording, "PAUSE", 3600.0)
+    store = CacheStore(source_of(100))
+    with store.record(path) as made:
+        for number in range(100):
+            value_sync(store, f"a/c/{number}")
+        assert len(made._writer._told) <= 40
+    rows = rows_of(path)
+    assert made.left_out == 100 - len(rows) > 0
+    # What those have come to that were taken.
+    assert {row["size"] for row in rows} == {"100"}
+
+
+class Awaited(Latch):
+    """In the place of one that is waited for without limit."""
+
+    def wait(self, seconds: float | None = None) -> bool:
+        has_happened = super().wait(30 if seconds is None else seconds)
+        assert has_happened
+        return has_happened
+
+
+class Silent(logging.Handler):
+    """Has a lock, as any other."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        pass
+
+
+@pytest.mark.parametrize("warns", [False, True])
+def test_recording_may_be_closed_by_the_handler_of_a_signal_anywhere_in_a_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch, warns: bool
+) -> None:
+    """It waited for a thread that needed a lock of the reader that it had interrupted."""
+    monkeypatch.setattr(recording, "Latch", Awaited)
+    if warns:
+        monkeypatch.setattr(recording, "MOST", 0)
+    log = Silent()
+    assert log.lock is not None
+    monkeypatch.setattr(logging.getLogger("zcache"), "handlers", [log])
+    store = CacheStore(source_of(2000))
+    closed = list[int]()
+    for at in range(2000):
+        made = store.record(path)
+
+        def close(made: Any = made, at: int = at) -> None:
+            made.close()
+            closed.append(at)
+
+        # As if that had interrupted the log as well.
+        with log.lock:
+            Interrupter(at, handler=close).run(lambda n=at: value_sync(store, f"a/c/{n}"))
+        made.close()
+        rows_of(path)
+        path.unlink()
+        if len(closed) == at:
+            break
+    else:
+        pytest.fail("it never came to its end")
+    assert at > 20
 
 
 def test_recording_in_a_forked_child_is_the_parents(path: Path) -> None:

@@ -72,11 +72,11 @@ def test_requests_that_two_readers_leave_out_count_twice(
         writer: Any = made._writer
 
         def put() -> None:
-            writer._put((0.0, "k", None, 1, True, None, None, False))
+            writer.looked_up("k", None, 1, served=True)
 
         for step in itertools.count():
             writer._lock, writer.left_out = NoticedLock(), 0
-            if not meet(put, put, writer._lock, at=step, inside=("_put",)):
+            if not meet(put, put, writer._lock, at=step, inside=("looked_up",)):
                 break
             assert writer.left_out == 2
         assert step

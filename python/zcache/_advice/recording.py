@@ -34,10 +34,10 @@ from zcache._runtime.latch import Latch
 from zcache._runtime.registry import Registry
 from zcache._runtime.threads import Life, start_thread
 from zcache._source.urls import redact
-from zcache.exceptions import IndexLockTimeout, RecordingExistsError, UsageError
+from zcache.exceptions import RecordingExistsError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
     from zcache._backends.base import Hit
@@ -70,6 +70,91 @@ class _Look(NamedTuple):
     at: float
     hit: Hit | None
     outdated: bool
+
+
+class _Outcomes:
+    """What requests come to, as readers tell it, in that order. For one thread at a time.
+
+    Attributes
+    ----------
+    known : list
+        Requests of which it is known.
+    pending : int
+        How many others there are.
+    """
+
+    def __init__(self) -> None:
+        self.known: list[_Request] = []
+        self.pending = 0
+        self._looks: dict[tuple[str, ByteRange | None], list[_Look]] = {}
+
+    def hit(self, key: str, byte_range: ByteRange | None, look: _Look) -> None:
+        """What was found has served the request."""
+        hit = look.hit
+        assert hit is not None
+        if isinstance(hit, int):
+            self.known.append((look.at, key, byte_range, hit, True, None, None, False))
+        else:
+            self.known.append((look.at, key, byte_range, hit[3], True, hit[0], hit[1], False))
+
+    def wait(self, key: str, byte_range: ByteRange | None, look: _Look) -> None:
+        """A request was looked up of which more will be told."""
+        if self.pending >= MOST_PENDING:
+            self.end()
+        self._looks.setdefault((key, byte_range), []).append(look)
+        self.pending += 1
+
+    def read(self, key: str, byte_range: ByteRange | None, served: bool) -> None:
+        """See `Recorder.read`."""
+        look = self._take(key, byte_range, found=True)
+        if look is not None and served:
+            self.hit(key, byte_range, look)
+        elif look is not None:
+            self.wait(key, byte_range, look._replace(hit=None))
+
+    def brought(
+        self,
+        key: str,
+        byte_range: ByteRange | None,
+        size: int,
+        hit: bool,
+        entry: tuple[str, int] | None,
+    ) -> None:
+        """See `Recorder.brought`."""
+        look = self._take(key, byte_range, found=False)
+        if look is not None:
+            self.known.append(
+                (look.at, key, byte_range, size, hit, *(entry or (None, None)), look.outdated)
+            )
+
+    def retract(self, key: str, byte_range: ByteRange | None) -> None:
+        """See `Recorder.retract`."""
+        self._take(key, byte_range, found=False)
+
+    def end(self) -> None:
+        """Take what has come to nothing yet for hits, and misses without their size."""
+        looks, self._looks, self.pending = self._looks, {}, 0
+        for (key, byte_range), some in looks.items():
+            for look in some:
+                if look.hit is not None:
+                    self.hit(key, byte_range, look)
+                else:
+                    self.known.append(
+                        (look.at, key, byte_range, None, False, None, None, look.outdated)
+                    )
+
+    def _take(self, key: str, byte_range: ByteRange | None, *, found: bool) -> _Look | None:
+        """Take out the last of these requests that has found something, or nothing: each reader tells of its own."""
+        asked = key, byte_range
+        looks = self._looks.get(asked, [])
+        for number in reversed(range(len(looks))):
+            if (looks[number].hit is not None) is found:
+                look = looks.pop(number)
+                self.pending -= 1
+                if not looks:
+                    del self._looks[asked]
+                return look
+        return None
 
 
 class Recording:
@@ -165,12 +250,15 @@ class RequestWriter:
         self._path = path_of_recording(path)
         self.shown = redact(self._path)
         self._secret = secrets.token_bytes(32) if anonymous else None
-        self._waiting: deque[_Request] = deque()
-        # Requests, by key and range, until it is known what they come to.
-        self._pending: dict[tuple[str, ByteRange | None], list[_Look]] = {}
-        self._pending_count = 0
+        # Who closes it may be the handler of a signal, which has interrupted a reader: the thread that is waited for then takes
+        # no lock, and each step of a reader is one of a deque.
+        self._told: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._outcomes = _Outcomes()
+        self._warnings: deque[tuple[Any, ...]] = deque()
+        # Guards what follows.
         self._lock = threading.RLock()
         self.left_out = 0
+        self._once = iter((None,))
         self._begun = time.perf_counter()
         self._is_ended, self._has_stopped = Latch(), Latch()
         self._is_dropped = False
@@ -207,9 +295,16 @@ class RequestWriter:
 
     def _run(self, _: Life) -> None:
         try:
-            self._write_on()
+            with self._ends_it():
+                while not (self._is_ended.wait(PAUSE) or self._is_dropped):
+                    self._write_told()
+                self._write_told()
+            if not self._is_ended.is_set:
+                self._end()
         finally:
             self._has_stopped.set()
+        if not self._is_ended.is_set:
+            self._warn()
 
     def close(self) -> None:
         """See `Recording.close`."""
@@ -218,9 +313,8 @@ class RequestWriter:
         if self._process != os.getpid():
             return
         self._has_stopped.wait()
-        with self._lock:
-            if not self._file.closed:
-                self._write_on()
+        self._end()
+        self._warn()
 
     def drop(self) -> None:
         """End it soon, without a lock and without waiting: the garbage collector calls it anywhere."""
@@ -238,58 +332,28 @@ class RequestWriter:
         self, key: str, byte_range: ByteRange | None, hit: Hit | None, *, served: bool
     ) -> None:
         """A request was looked up: what the index has found, or None; and whether that was served at once."""
-        look = _Look(time.perf_counter() - self._begun, hit, outdated=False)
+        at, outdated = time.perf_counter() - self._begun, False
+        step = self._outcomes.wait
         if served:
-            self._put_hit(key, byte_range, look)
-        elif hit is not None:
-            self._wait(key, byte_range, look)
-        elif is_cacheable_key(key):
+            step = self._outcomes.hit
+        elif hit is None:
+            if not is_cacheable_key(key):
+                return
             outdated = self._hits.is_outdated(key, byte_range)
-            self._wait(key, byte_range, look._replace(outdated=outdated))
-
-    def _put_hit(self, key: str, byte_range: ByteRange | None, look: _Look) -> None:
-        hit = look.hit
-        assert hit is not None
-        if isinstance(hit, int):
-            self._put((look.at, key, byte_range, hit, True, None, None, False))
-        else:
-            self._put((look.at, key, byte_range, hit[3], True, hit[0], hit[1], False))
-
-    def _put(self, request: _Request) -> None:
-        if len(self._waiting) < MOST:
-            self._waiting.append(request)
+        if len(self._told) < MOST:
+            self._told.append((step, (key, byte_range, _Look(at, hit, outdated))))
         else:
             with self._lock:
                 self.left_out += 1
 
-    def _wait(self, key: str, byte_range: ByteRange | None, look: _Look) -> None:
-        with self._lock:
-            if self._pending_count >= MOST_PENDING:
-                self._give_up_pending()
-            self._pending.setdefault((key, byte_range), []).append(look)
-            self._pending_count += 1
-
-    def _take(self, key: str, byte_range: ByteRange | None, *, found: bool) -> _Look | None:
-        """Take out the last of these requests that has found something, or nothing: each reader tells of its own."""
-        asked = key, byte_range
-        with self._lock:
-            looks = self._pending.get(asked, [])
-            for number in reversed(range(len(looks))):
-                if (looks[number].hit is not None) is found:
-                    look = looks.pop(number)
-                    self._pending_count -= 1
-                    if not looks:
-                        del self._pending[asked]
-                    return look
-        return None
+    def _tell(self, step: Callable[..., None], *args: Any) -> None:
+        """Tell what a request has come to; without that its size stays unknown."""
+        if len(self._told) < 2 * MOST:
+            self._told.append((step, args))
 
     def read(self, key: str, byte_range: ByteRange | None, *, served: bool) -> None:
-        """What was found was read; where it could not be served, the request is a miss."""
-        look = self._take(key, byte_range, found=True)
-        if look is not None and served:
-            self._put_hit(key, byte_range, look)
-        elif look is not None:
-            self._wait(key, byte_range, look._replace(hit=None))
+        """See `Recorder.read`."""
+        self._tell(self._outcomes.read, key, byte_range, served)
 
     def brought(
         self,
@@ -300,65 +364,83 @@ class RequestWriter:
         hit: bool,
         entry: tuple[str, int] | None,
     ) -> None:
-        """What one reader missed has come, from the cache after all if it is a `hit`."""
-        look = self._take(key, byte_range, found=False)
-        if look is not None:
-            self._put(
-                (look.at, key, byte_range, size, hit, *(entry or (None, None)), look.outdated)
-            )
+        """See `Recorder.brought`."""
+        self._tell(self._outcomes.brought, key, byte_range, size, hit, entry)
 
     def retract(self, key: str, byte_range: ByteRange | None) -> None:
-        """A miss is no request: it has brought nothing, or is looked up once more."""
-        self._take(key, byte_range, found=False)
-
-    def _give_up_pending(self) -> None:
-        """Write what has come to nothing yet: hits, and misses without their size."""
-        with self._lock:
-            pending, self._pending = self._pending, {}
-            self._pending_count = 0
-        for (key, byte_range), looks in pending.items():
-            for look in looks:
-                if look.hit is not None:
-                    self._put_hit(key, byte_range, look)
-                else:
-                    self._put((look.at, key, byte_range, None, False, None, None, look.outdated))
+        """See `Recorder.retract`."""
+        self._tell(self._outcomes.retract, key, byte_range)
 
     # ------------------------------------------------------------ the writer
 
-    def _write_on(self) -> None:
+    @contextlib.contextmanager
+    def _ends_it(self) -> Iterator[None]:
+        """Have an error end the recording, and no reader see it."""
         try:
-            while not (self._is_ended.wait(PAUSE) or self._is_dropped):
-                self._write_waiting()
-            self._give_up_pending()
-            self._write_waiting()
-            self._note_what_is_beside()
-        except Exception as error:  # noqa: BLE001 - whatever it is, no reader is to see it
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever it is
             self._hits.hook.detach(self, self._hits)
-            self._waiting.clear()
-            logger.warning(
-                "the recording of requests to %s has ended before its time: %r. What was written before stays.",
-                self.shown,
-                error,
-            )
-        finally:
+            self._told.clear()
             with contextlib.suppress(OSError):
                 self._file.close()
-        if self.left_out:
-            logger.warning(
-                "%s lacks %d requests, which came faster than they could be written.",
-                self.shown,
-                self.left_out,
+            self._warnings.append(
+                (
+                    "the recording of requests to %s has ended before its time: %r. What was written before stays.",
+                    self.shown,
+                    error,
+                )
             )
 
-    def _write_waiting(self) -> None:
-        while self._waiting:
+    def _end(self) -> None:
+        """Write what is left, and close the file, once."""
+        # Not under the lock, for it may wait for other threads.
+        beside = None if self._file.closed else self._beside()
+        with self._lock:
+            # The handler of a signal that comes in here leaves it to what it has interrupted.
+            for _ in self._once:
+                self._finish(beside)
+
+    def _finish(self, beside: int | None) -> None:
+        if not self._file.closed:
+            with self._ends_it(), contextlib.closing(self._file):
+                self._write_told()
+                self._outcomes.end()
+                self._write_known()
+                if beside is not None:
+                    os.pwrite(self._file.fileno(), self._head(beside), 0)
+        if self.left_out:
+            self._warnings.append(
+                (
+                    "%s lacks %d requests, which came faster than they could be written.",
+                    self.shown,
+                    self.left_out,
+                )
+            )
+
+    def _warn(self) -> None:
+        """Log what there is to warn of, while no one waits for this thread: the log has locks."""
+        with contextlib.suppress(IndexError):
+            while True:
+                logger.warning(*self._warnings.popleft())
+
+    def _write_told(self) -> None:
+        outcomes = self._outcomes
+        while self._told:
+            while self._told and len(outcomes.known) < BATCH:
+                for _ in range(min(_AT_ONCE, len(self._told))):
+                    step, args = self._told.popleft()
+                    step(*args)
+                time.sleep(0)  # Readers first.
+            self._write_known()
+
+    def _write_known(self) -> None:
+        """Write the requests of which it is known what they have come to, in batches."""
+        while known := self._outcomes.known:
+            some, self._outcomes.known = known[:BATCH], known[BATCH:]
             text = io.StringIO(newline="")
             lines = csv.writer(text)
-            written = 0
-            while self._waiting and written < BATCH:
-                some = [self._waiting.popleft() for _ in range(min(_AT_ONCE, len(self._waiting)))]
-                lines.writerows(self._lines(some))
-                written += len(some)
+            for begin in range(0, len(some), _AT_ONCE):
+                lines.writerows(self._lines(some[begin : begin + _AT_ONCE]))
                 time.sleep(0)  # Readers first.
             self._append(gzip.compress(text.getvalue().encode(), 6))
 
@@ -382,13 +464,13 @@ class RequestWriter:
         text = f"{HEAD}{shown:<{room}}\r\n{','.join(COLUMNS[RECORDING_FORMAT])}\r\n"
         return gzip.compress(text.encode(), 0)
 
-    def _note_what_is_beside(self) -> None:
-        """Write down what the cache store has beside each value, which is not known while the cache is empty."""
+    def _beside(self) -> int | None:
+        """What the cache store has beside each value, which is not known while the cache is empty; None if no one can tell."""
         ask = partial(sampled, header=self._hits.backend.value_header)
-        with contextlib.suppress(IndexLockTimeout):
-            os.pwrite(
-                self._file.fileno(), self._head(self._hits.handle.call_blocking(ask).beside), 0
-            )
+        try:
+            return self._hits.handle.call_blocking(ask).beside
+        except Exception:  # noqa: BLE001 - whatever it is, the requests are to be written
+            return None
 
     def _append(self, data: bytes) -> None:
         """Add a member to the file, all of it or nothing."""
