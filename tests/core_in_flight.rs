@@ -201,3 +201,85 @@ fn end_write_with_payload_is_joined_until_its_value_is_cached() {
     let joined = cache.join("a/c/0", ByteRange::Full, 1, 1, false).unwrap();
     assert_eq!(joined, Joined::Ready);
 }
+
+fn part(n: u64) -> ByteRange {
+    ByteRange::Range {
+        start: n,
+        end: n + 1,
+    }
+}
+
+#[test]
+fn superseded_flight_ends_with_the_next_of_its_range() {
+    // Few flights of one key, and so many that they are found through an index.
+    for others in [0, 40] {
+        let mut cache = cache();
+        for n in 0..others {
+            lead(&mut cache, part(n), n as u32);
+        }
+        let range = part(99);
+        let first = lead(&mut cache, range, 101);
+        assert_eq!(join(&mut cache, range, 0), Joined::Follow(range, 101));
+        cache.supersede_flight("a/c/0", |payload| *payload == 101);
+        let second = lead(&mut cache, range, 102);
+        cache.supersede_flight("a/c/0", |payload| *payload == 102);
+        let third = lead(&mut cache, range, 103);
+        assert_eq!(join(&mut cache, range, 0), Joined::Follow(range, 103));
+        cache.validate().unwrap();
+        // The first one goes on, and is cached.
+        let Reserve::Granted(id) = cache.reserve("a/c/0", range, 1, first, 1).unwrap() else {
+            panic!("not granted")
+        };
+        let done = cache.commit(id, Some(0), 1).unwrap().unwrap();
+        assert!(done.flight.unwrap().joined);
+        cache.validate().unwrap();
+        // The second one, which can do so no more, ends with the third one.
+        let closed = cache.complete_flight("a/c/0", third).unwrap();
+        assert_eq!((closed.payload, closed.passed), (Some(103), vec![102]));
+        assert_eq!(cache.complete_flight("a/c/0", second), None);
+        assert_eq!(cache.in_flight().0, others as usize);
+        assert_eq!(cache.is_in_flight("a/c/0"), others > 0);
+        cache.validate().unwrap();
+    }
+}
+
+#[test]
+fn superseded_flight_is_aborted_by_one_who_waits_for_it() {
+    let mut cache = cache();
+    let first = lead(&mut cache, ByteRange::Full, 1);
+    cache.supersede_flight("a/c/0", |payload| *payload == 1);
+    let closed = cache.abort_flight("a/c/0", |payload| *payload == 1);
+    assert_eq!(closed.unwrap().payload, Some(1));
+    assert_eq!(cache.complete_flight("a/c/0", first), None);
+    assert!(!cache.is_in_flight("a/c/0"));
+}
+
+#[test]
+fn invalidated_flight_ends_with_the_next_that_would_have_joined_it() {
+    for range in [ByteRange::Full, part(3)] {
+        let mut cache = cache();
+        lead(&mut cache, ByteRange::Full, 1);
+        cache.invalidate_prefix("a");
+        lead(&mut cache, ByteRange::Full, 2);
+        cache.invalidate_prefix("a");
+        let third = lead(&mut cache, range, 3);
+        cache.validate().unwrap();
+        let mut closed = cache.complete_flight("a/c/0", third).unwrap();
+        closed.passed.sort_unstable();
+        assert_eq!(closed.passed, [1, 2]);
+        assert!(!cache.is_in_flight("a/c/0"));
+        cache.validate().unwrap();
+    }
+}
+
+#[test]
+fn superseded_flight_of_a_full_value_goes_on_beside_a_part() {
+    let mut cache = cache();
+    let full = lead(&mut cache, ByteRange::Full, 1);
+    cache.supersede_flight("a/c/0", |_| true);
+    let ticket = lead(&mut cache, part(3), 2);
+    let closed = cache.complete_flight("a/c/0", ticket).unwrap();
+    assert!(closed.passed.is_empty());
+    let answer = cache.reserve("a/c/0", ByteRange::Full, 1, full, 1).unwrap();
+    assert!(matches!(answer, Reserve::Granted(_)));
+}

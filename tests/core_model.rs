@@ -574,7 +574,15 @@ fn commit_closes_the_flight() {
         }
         let Committed { victims, flight } = cache.commit(id, Some(1), 1).unwrap().unwrap();
         let payload = Some(payload);
-        assert_eq!(flight, Some(ClosedFlight { payload, joined }));
+        let passed = Vec::new();
+        assert_eq!(
+            flight,
+            Some(ClosedFlight {
+                payload,
+                joined,
+                passed
+            })
+        );
         assert_eq!(cache.in_flight(), (0, 0));
         let names: Vec<_> = victims.iter().map(|v| v.cache_key.as_str()).collect();
         assert_eq!(

@@ -107,6 +107,16 @@ fn check_successor_of_entry(size: u64, checksum: u32) {
     assert!(cache.is_empty());
 }
 
+/// A flight of `flights_of_one_key`.
+struct Open {
+    /// The number of its range; the last is the full value.
+    range: u64,
+    ticket: u64,
+    valid: bool,
+    /// Tickets of those that end with it.
+    passed: [Option<u64>; 2],
+}
+
 /// Ranges that touch each other, the value and its end.
 fn near() -> impl Strategy<Value = ByteRange> {
     let n = || prop_oneof![8 => 0u64..26, 1 => keys::edge()];
@@ -158,43 +168,54 @@ proptest! {
     fn flights_of_one_key(steps in steps()) {
         let limits = Limits::bounded(0);
         let mut cache: Cache<Heap, ()> = Cache::new(Heap::default(), limits, 0).unwrap();
-        // Number of the range (the last is the full value), ticket, and whether it may be joined.
-        let mut open: Vec<(u64, u64, bool)> = Vec::new();
+        let mut open: Vec<Open> = Vec::new();
         let range = |n| if n == 59 { ByteRange::Full } else { ByteRange::Range { start: n, end: n + 1 } };
         for step in steps {
             match step {
                 Step::Join(n) => {
-                    let of = |m| open.iter().find(|(k, _, valid)| *k == m && *valid);
-                    let due = of(n).or_else(|| of(59)).map(|(k, ..)| range(*k));
+                    let of = |m| open.iter().find(|f| f.range == m && f.valid);
+                    let due = of(n).or_else(|| of(59)).map(|f| range(f.range));
+                    // What could not be joined ends with the next flight.
+                    let latest = |m| open.iter().filter(|f| f.range == m).map(|f| f.ticket).max();
+                    let passed = [latest(n), latest(59)];
                     match cache.join("a/c/0", range(n), (), 1, true).unwrap() {
                         Joined::Lead(ticket) => {
                             prop_assert_eq!(due, None);
-                            open.push((n, ticket, true));
+                            open.push(Open { range: n, ticket, valid: true, passed });
                         }
                         Joined::Follow(brings, _) => prop_assert_eq!(Some(brings), due),
                         Joined::Ready => panic!("nothing is cached"),
                     }
                 }
                 Step::Land(at) if at < open.len() => {
-                    let (_, ticket, _) = open.swap_remove(at);
+                    let ticket = open[at].ticket;
                     prop_assert!(cache.complete_flight("a/c/0", ticket).is_some());
                     prop_assert!(cache.complete_flight("a/c/0", ticket).is_none());
+                    let mut ended = vec![ticket];
+                    while let Some(ticket) = ended.pop() {
+                        if let Some(at) = open.iter().position(|f| f.ticket == ticket) {
+                            ended.extend(open.swap_remove(at).passed.into_iter().flatten());
+                        }
+                    }
                 }
                 Step::Land(_) => {}
                 Step::Write => {
                     cache.begin_write("a/c/0").unwrap();
                     cache.end_write("a/c/0", false, None).unwrap();
-                    open.iter_mut().for_each(|flight| flight.2 = false);
+                    open.iter_mut().for_each(|flight| flight.valid = false);
                 }
                 Step::Clear => {
                     cache.invalidate_prefix("a");
-                    open.iter_mut().for_each(|flight| flight.2 = false);
+                    open.iter_mut().for_each(|flight| flight.valid = false);
                 }
             }
             prop_assert_eq!(cache.in_flight(), (open.len(), 0));
+            cache.validate().unwrap();
         }
-        for (_, ticket, _) in open {
-            prop_assert!(cache.complete_flight("a/c/0", ticket).is_some());
+        // The earlier ones first: none ends with another one.
+        open.sort_by_key(|f| f.ticket);
+        for flight in open {
+            prop_assert!(cache.complete_flight("a/c/0", flight.ticket).is_some());
         }
         prop_assert_eq!(cache.in_flight(), (0, 0));
         cache.validate().unwrap();

@@ -508,9 +508,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         (self.flights.len(), self.reservations.len())
     }
 
-    /// Recomputes every counter and list from the cells and the reservations.
+    /// Recomputes every counter and list from the cells and the reservations, and looks at the flights.
     pub fn validate(&self) -> Result<()> {
         self.arena.validate()?;
+        self.flights.validate()?;
         let mut parts = self.reservations.values().map(|r| r.reserved);
         let reserved = parts.try_fold(0u64, u64::checked_add);
         self.policy.validate(&self.arena)?;

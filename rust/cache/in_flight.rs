@@ -5,15 +5,19 @@
 //! keys that it touches, before it begins and after it has ended: a value that was read before the
 //! end of a write is never cached after it, and later readers never join such a flight. Writes by
 //! other processes show in the version of the key, with which a flight is opened and checked.
+//!
+//! A flight that a reader could not join ends together with the one that this reader has opened, at
+//! the latest: no other reader comes by that could see that its leader cannot go on.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 use smallvec::{SmallVec, smallvec};
 
 use super::peers::Version;
+use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
 
 /// Names one flight for as long as the process lives.
@@ -36,6 +40,20 @@ struct Flight<T> {
     payload: Option<T>,
     /// Whether another reader waits, or has waited.
     joined: bool,
+    /// Whether it began too long ago for a later reader.
+    superseded: bool,
+    /// Earlier flights that its reader could not join.
+    passed: Vec<Ticket>,
+}
+
+impl<T> Flight<T> {
+    fn is_valid(&self, version: Version) -> bool {
+        !self.invalidated && self.version == version
+    }
+
+    fn may_be_joined(&self, version: Version) -> bool {
+        self.is_valid(version) && !self.superseded && self.payload.is_some()
+    }
 }
 
 /// A flight that is closed.
@@ -45,15 +63,8 @@ pub struct ClosedFlight<T> {
     pub payload: Option<T>,
     /// Whether a reader other than the one who opened it holds the payload.
     pub joined: bool,
-}
-
-impl<T> From<Flight<T>> for ClosedFlight<T> {
-    fn from(flight: Flight<T>) -> Self {
-        ClosedFlight {
-            payload: flight.payload,
-            joined: flight.joined,
-        }
-    }
+    /// The same as `payload` of flights that were closed with it.
+    pub passed: Vec<T>,
 }
 
 /// The flights of one key. Most keys have one; where there are many (a shard of which all
@@ -69,8 +80,8 @@ struct KeyFlights<T> {
 #[derive(Debug, Default)]
 struct FlightIndex {
     by_ticket: HashMap<Ticket, usize, RandomState>,
-    /// The latest flight of a range that has readers. Earlier ones were invalid when it was opened
-    /// and are never joined again.
+    /// The latest flight of a range that has readers. Earlier ones could not be joined when it was
+    /// opened and are never joined again.
     by_span: HashMap<ByteRange, Ticket, RandomState>,
 }
 
@@ -127,21 +138,48 @@ impl<T> KeyFlights<T> {
         Some(flight)
     }
 
+    /// Removes a flight, and those that it has passed.
+    fn close(&mut self, ticket: Ticket) -> Option<ClosedFlight<T>> {
+        let mut flight = self.remove(ticket)?;
+        let mut closed = ClosedFlight {
+            payload: flight.payload,
+            joined: flight.joined,
+            passed: Vec::new(),
+        };
+        while let Some(ticket) = flight.passed.pop() {
+            if let Some(earlier) = self.remove(ticket) {
+                flight.passed.extend(earlier.passed);
+                closed.passed.extend(earlier.payload);
+            }
+        }
+        Some(closed)
+    }
+
+    /// The latest flight of exactly this range that has readers.
+    fn latest(&self, range: ByteRange) -> Option<&Flight<T>> {
+        match &self.index {
+            Some(index) => self.get(*index.by_span.get(&range)?),
+            None => {
+                let all = self.flights.iter();
+                let of_range = all.filter(|f| f.range == range && f.payload.is_some());
+                of_range.max_by_key(|f| f.ticket)
+            }
+        }
+    }
+
+    /// Those that the reader of a new flight could not join. A full value that was superseded is not among
+    /// them where the new one brings a part: it goes on.
+    fn passed_by(&self, range: ByteRange, version: Version) -> Vec<Ticket> {
+        let own = self.latest(range);
+        let full = self.latest(ByteRange::Full);
+        let full = full.filter(|f| range != ByteRange::Full && !f.is_valid(version));
+        own.into_iter().chain(full).map(|f| f.ticket).collect()
+    }
+
     /// The flight of exactly this range, if a reader may join it.
     fn joinable(&mut self, range: ByteRange, version: Version) -> Option<&mut Flight<T>> {
-        let open =
-            |f: &&mut Flight<T>| !f.invalidated && f.version == version && f.payload.is_some();
-        match &self.index {
-            Some(index) => {
-                let ticket = *index.by_span.get(&range)?;
-                self.get_mut(ticket).filter(open)
-            }
-            None => self
-                .flights
-                .iter_mut()
-                .filter(|f| f.range == range)
-                .find(open),
-        }
+        let ticket = self.latest(range)?.ticket;
+        self.get_mut(ticket).filter(|f| f.may_be_joined(version))
     }
 
     /// Joins the flight of this range.
@@ -228,7 +266,8 @@ impl<T: Clone> Flights<T> {
     ) -> Ticket {
         let ticket = self.next;
         self.next += 1;
-        let flight = Flight {
+        let has_readers = payload.is_some();
+        let mut flight = Flight {
             ticket,
             range,
             invalidated: false,
@@ -238,9 +277,16 @@ impl<T: Clone> Flights<T> {
             validator: None,
             payload,
             joined: false,
+            superseded: false,
+            passed: Vec::new(),
         };
         match self.by_key.get_mut(key) {
-            Some(flights) => flights.push(flight),
+            Some(flights) => {
+                if has_readers {
+                    flight.passed = flights.passed_by(range, version);
+                }
+                flights.push(flight);
+            }
             None => {
                 let flights = smallvec![flight];
                 let index = None;
@@ -258,7 +304,7 @@ impl<T: Clone> Flights<T> {
         let flight = flights.get(ticket)?;
         // A write in progress may reach the source at any moment.
         let is_written = self.is_changing(key);
-        (!flight.invalidated && flight.version == version && !is_written).then_some(key)
+        (flight.is_valid(version) && !is_written).then_some(key)
     }
 
     /// Whether this process is changing this key or a directory above it.
@@ -298,15 +344,15 @@ impl<T: Clone> Flights<T> {
         flights.get_mut(ticket)?.validator.take()
     }
 
-    /// Closes a flight; it is never joined again.
+    /// Closes a flight, and those that its reader could not join; they are never joined again.
     pub fn close(&mut self, key: &str, ticket: Ticket) -> Option<ClosedFlight<T>> {
         self.invalidation_epoch += 1;
         let flights = self.by_key.get_mut(key)?;
-        let flight = flights.remove(ticket)?;
+        let closed = flights.close(ticket)?;
         if flights.flights.is_empty() {
             self.by_key.remove(key);
         }
-        Some(flight.into())
+        Some(closed)
     }
 
     /// The same with the key that the flight was opened with, which saves a second hash.
@@ -315,11 +361,11 @@ impl<T: Clone> Flights<T> {
         let Entry::Occupied(mut entry) = self.by_key.entry(key) else {
             return None;
         };
-        let flight = entry.get_mut().remove(ticket)?;
+        let closed = entry.get_mut().close(ticket)?;
         if entry.get().flights.is_empty() {
             entry.remove();
         }
-        Some(flight.into())
+        Some(closed)
     }
 
     /// Closes the flight with this payload; it is never joined again, and its value is not cached.
@@ -330,14 +376,15 @@ impl<T: Clone> Flights<T> {
         self.close(key, ticket)
     }
 
-    /// Has later readers open another flight than the one with this payload, which is returned. What that one brings is
+    /// Has later readers open another flight than the one with this payload. What this one brings is
     /// cached where nothing else is by then, for it is older than what they read.
-    pub fn supersede(&mut self, key: &str, is: impl Fn(&T) -> bool) -> Option<T> {
-        let flights = &mut self.by_key.get_mut(key)?.flights;
-        let mut all = flights.iter_mut();
-        let flight = all.find(|f| f.payload.as_ref().is_some_and(&is))?;
-        flight.max_age = None;
-        flight.payload.take()
+    pub fn supersede(&mut self, key: &str, is: impl Fn(&T) -> bool) {
+        let flights = self.by_key.get_mut(key).map(|of_key| &mut of_key.flights);
+        let mut all = flights.into_iter().flatten();
+        if let Some(flight) = all.find(|f| f.payload.as_ref().is_some_and(&is)) {
+            flight.max_age = None;
+            flight.superseded = true;
+        }
     }
 
     /// Invalidates the flights of one key.
@@ -454,6 +501,25 @@ impl<T: Clone> Flights<T> {
             .values()
             .map(|of_key| of_key.flights.len())
             .sum()
+    }
+
+    /// Checks that each flight is found by its ticket, and that one that is not the latest of its range
+    /// ends with a later one.
+    pub(crate) fn validate(&self) -> Result<()> {
+        for of_key in self.by_key.values() {
+            let all = &of_key.flights;
+            let passed = all.iter().flat_map(|f| f.passed.iter().copied());
+            let passed: HashSet<Ticket, RandomState> = passed.collect();
+            let is_sound = |(at, f): (usize, &Flight<T>)| {
+                let latest = of_key.latest(f.range).map(|latest| latest.ticket);
+                let ends = f.payload.is_none() || latest == Some(f.ticket);
+                of_key.position(f.ticket) == Some(at) && (ends || passed.contains(&f.ticket))
+            };
+            if all.is_empty() || !all.iter().enumerate().all(is_sound) {
+                return Err(Error::Corrupt("flights of a key"));
+            }
+        }
+        Ok(())
     }
 
     /// Whether no flight is open and nothing is being written.

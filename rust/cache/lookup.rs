@@ -206,8 +206,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// Has later readers join another flight than the one with this payload: it began too long ago for them.
-    pub fn supersede_flight(&mut self, key: &str, is: impl Fn(&T) -> bool) -> Option<T> {
-        self.flights.supersede(key, is)
+    pub fn supersede_flight(&mut self, key: &str, is: impl Fn(&T) -> bool) {
+        self.flights.supersede(key, is);
     }
 
     /// The bytes of an entry were read and have this checksum, which was expected or unknown.

@@ -155,10 +155,9 @@ impl Index {
     #[pyo3(signature = (key, flight, /))]
     fn supersede_flight(&self, py: Python<'_>, key: &str, flight: Py<PyAny>) -> PyResult<()> {
         let key = &*self.whole(key);
-        let payload = step!(self, py, |cache| Ok(
-            cache.supersede_flight(key, |other| other.0.is(&flight))
-        ))?;
-        drop(payload);
-        Ok(())
+        step!(self, py, |cache| {
+            cache.supersede_flight(key, |other| other.0.is(&flight));
+            Ok(())
+        })
     }
 }

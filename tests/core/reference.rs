@@ -42,6 +42,8 @@ struct Flight {
     joined: bool,
     /// Age by which its reader has found nothing.
     max_age: Option<u64>,
+    /// Tickets of those that end with it.
+    passed: Vec<u64>,
 }
 
 #[derive(Debug)]
@@ -311,6 +313,20 @@ impl Model {
 
     fn open(&mut self, ticket: u64, name: Name, payload: Option<u32>, max_age: Option<u64>) {
         assert!(self.tickets.insert(ticket), "a ticket twice");
+        let latest = |range| {
+            let with_readers = self.flights.iter().filter(|f| f.payload.is_some());
+            let mut of_range = with_readers.filter(|f| f.name.0 == name.0 && f.name.1 == range);
+            of_range.next_back()
+        };
+        let mut passed: Vec<u64> = Vec::new();
+        if payload.is_some() {
+            passed.extend(latest(name.1).map(|f| f.ticket));
+            passed.extend(
+                latest(ByteRange::Full)
+                    .filter(|f| f.invalidated)
+                    .map(|f| f.ticket),
+            );
+        }
         self.flights.push(Flight {
             ticket,
             name,
@@ -318,6 +334,7 @@ impl Model {
             payload,
             joined: false,
             max_age,
+            passed,
         });
     }
 
@@ -326,13 +343,33 @@ impl Model {
             .flights
             .iter()
             .position(|f| f.ticket == ticket && f.name.0 == key);
-        let flight = at.map(|at| self.flights.remove(at));
-        let closed = flight.map(
-            |Flight {
-                 payload, joined, ..
-             }| ClosedFlight { payload, joined },
-        );
+        let closed = at.map(|at| {
+            let flight = self.flights.remove(at);
+            ClosedFlight {
+                payload: flight.payload,
+                joined: flight.joined,
+                passed: self.with_earlier(&flight.passed),
+            }
+        });
+        let got = got.map(|mut closed| {
+            closed.passed.sort_unstable();
+            closed
+        });
         assert_eq!(got, closed);
+    }
+
+    /// Takes out flights, with those that end with them, and returns the payloads.
+    fn with_earlier(&mut self, tickets: &[u64]) -> Vec<u32> {
+        let mut payloads = Vec::new();
+        for ticket in tickets {
+            if let Some(at) = self.flights.iter().position(|f| f.ticket == *ticket) {
+                let flight = self.flights.remove(at);
+                payloads.extend(flight.payload);
+                payloads.extend(self.with_earlier(&flight.passed));
+            }
+        }
+        payloads.sort_unstable();
+        payloads
     }
 
     fn valid(&self, key: &str, ticket: u64) -> bool {

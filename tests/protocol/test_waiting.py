@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.abc.store import RangeByteRequest, Store
-from zarr.storage import LocalStore, WrapperStore
+from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from doubles import DictStore, GatedStore, SyncDictStore, reached
 from support import PROTOTYPE, buf, read, threads, until, value_sync
 from zcache import CacheStore
 from zcache._protocol import single_flight
 from zcache._protocol.fill import FillQueue
-from zcache.testing import in_flight
+from zcache.testing import check_invariants, in_flight
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from zarr.core.buffer import Buffer
+
+    from zcache.testing import FakeClock
 
 VALUE = bytes(range(100))
 RANGES = [RangeByteRequest(0, 10), RangeByteRequest(50, 60)]
@@ -179,6 +181,33 @@ def test_a_loop_that_ends_in_the_middle(
     reads = source.counts["get"]
     asyncio.run(followers())
     assert source.counts["get"] == reads
+
+
+@pytest.mark.parametrize("request_", [None, RangeByteRequest(5, 9)])
+@pytest.mark.parametrize("way", ["superseded", "invalidated"])
+def test_a_flight_that_cannot_be_joined_and_is_cut_off_ends_with_the_next(
+    source: GatedStore, clock: FakeClock, way: str, request_: Any
+) -> None:
+    """As long as someone kept its task, all seemed to be on its way that is of its key."""
+    cache = MemoryStore()
+    store = CacheStore(source, cache_store=cache, clock=clock)
+    short = CacheStore(source, cache_store=cache, clock=clock, max_age_seconds=1)
+    for _ in range(2):
+        source.shut["get"] = 1
+        loop = asyncio.new_event_loop()
+        leader = loop.create_task(read(store, "k", request_))
+        loop.run_until_complete(asyncio.wait_for(reached(source), HANGS))
+        leader._log_destroy_pending = False  # type: ignore[attr-defined]
+        clock.advance(5)
+        if way == "invalidated":
+            store.invalidate_sync("k")
+        loop.run_until_complete(read(short, "k", request_))
+        loop.close()
+        assert short.drain_sync()
+        assert in_flight(store) == (0, 0)
+        assert asyncio.run(read(store, "k", request_)) is not None
+        store.invalidate_sync("k")
+        check_invariants(store)
 
 
 @pytest.mark.parametrize("end", ["stopped", "closed"])
