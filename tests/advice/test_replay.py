@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import random
 import tracemalloc
+import zlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ from zarr.storage import MemoryStore
 
 from support import buf, value_sync
 from zcache import CacheStore, OptionTypeError, OptionValueError, RecordingError, replay
+from zcache._advice import recording
 from zcache._advice.replay import load
 from zcache._advice.trace import Simulator, sampled
 from zcache._core import POLICIES, is_cacheable_key
@@ -392,25 +396,77 @@ def test_replay_of_what_is_no_recording_reads_no_more_than_its_beginning(path: P
         tracemalloc.stop()
 
 
-def test_replay_of_a_file_that_is_cut_off_simulates_what_is_whole(tmp_path: Path) -> None:
-    """Its error had a command of a shell that could overwrite the file itself."""
-    path = tmp_path / "whole.csv.gz"
+def in_members(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Have a recording of many members; where each ends, and how many requests there are by then."""
+    monkeypatch.setattr(recording, "BATCH", 100)
     names = ["a\nb", "c\rd", "e\r\nf", 'g"h', *"ijk"]
     store = CacheStore(MemoryStore({name: buf(random.Random(name).randbytes(9)) for name in names}))
     with store.record(path):
-        for _ in range(300):
+        for _ in range(100):
             for name in names:
                 value_sync(store, name)
+    data, ends, rows = path.read_bytes(), [(0, 0)], -1
+    while rest := data[ends[-1][0] :]:
+        member = zlib.decompressobj(31)
+        text = member.decompress(rest).decode()
+        lines = list(csv.reader(io.StringIO(text, newline="")))
+        # The first one has two lines and no rows.
+        rows += len(lines) - (rows < 0)
+        ends.append((len(data) - len(member.unused_data), rows))
+    assert rows == 700
+    return ends[1:]
+
+
+def test_replay_of_a_file_that_is_cut_off_simulates_its_whole_members(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte of the next one was too little for that, and of a member that ended in zeros rows were made up."""
+    ends = in_members(path, monkeypatch)
     data = path.read_bytes()
-    # Its second part, which nothing has ended.
-    path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(RecordingError, match=r"cut off after 1,\d\d\d lines\. .*truncated=True"):
-        replay(path)
-    assert 500 < replay(path, truncated=True).requests < 300 * len(names)
+    assert len(ends) > 5
+    (first, _), (second, rows), (third, _) = ends[0], ends[2], ends[3]
+    for cut in (*range(second, second + 30), *range(third - 30, third)):
+        path.write_bytes(data[:cut])
+        assert len(load(path, truncated=True)[0]) == rows, cut
+        if cut > second:
+            with pytest.raises(RecordingError, match=r"cut off after [\d,]+ lines\. Simulate what"):
+                replay(path)
+    # What a machine leaves that lost its power.
+    for cut in range(second, third - 4, 17):
+        path.write_bytes(data[:cut] + bytes(4096))
+        assert len(load(path, truncated=True)[0]) == rows, cut
+        with pytest.raises(
+            RecordingError, match=r"(cut off|damaged) after [\d,]+ lines.*truncated=True"
+        ) as caught:
+            replay(path)
+        lines = 2 + data_lines(data[first:second])
+        assert f"after {lines:,} lines" in str(caught.value)
+    # Nothing is whole.
+    path.write_bytes(data[: first - 1])
+    with pytest.raises(RecordingError, match=r"cut off in its first part\. Copy it again"):
+        replay(path, truncated=True)
     path.write_bytes(data)
-    assert replay(path, truncated=True).requests == 300 * len(names)
+    assert replay(path, truncated=True).requests == 700
     with pytest.raises(OptionTypeError, match="truncated"):
         replay(path, truncated=1)  # type: ignore[arg-type]
+
+
+def data_lines(data: bytes) -> int:
+    return gzip.decompress(data).count(b"\n")
+
+
+def test_replay_of_a_line_that_is_wrong_in_a_whole_member_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = in_members(path, monkeypatch)
+    data = path.read_bytes()
+    wrong = gzip.compress(b"1,a,,10,0,,10,0,0\r\n1,a\r\n" + b"1,a,,10,0,,10,0,0\r\n" * 9)
+    path.write_bytes(data + wrong)
+    with pytest.raises(RecordingError, match=r"line [\d,]+ has"):
+        load(path, truncated=True)
+    # The same with other bytes at its end: it is not what was written.
+    path.write_bytes(data + wrong[:-8] + bytes(8))
+    assert len(load(path, truncated=True)[0]) == ends[-1][1]
 
 
 def test_replay_of_many_long_keys_takes_bounded_memory(path: Path) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import gzip
+import io
 import json
 import zlib
 from array import array
 from hashlib import blake2b
 from math import inf
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 
@@ -42,6 +43,15 @@ if TYPE_CHECKING:
 _LARGEST_VALUE: Final = 2**47
 """Bytes of the largest value that a process has room for in its addresses."""
 _LARGEST_BLOCK: Final = 2**30
+_PIECE: Final = 2**16
+"""Bytes that are decompressed at once."""
+_GZIP: Final = zlib.MAX_WBITS | 16
+"""What tells zlib that its data are of gzip."""
+_HEAD_LINES: Final = 2
+"""Lines before the first row."""
+_WRONG: Final = (ValueError, OverflowError, RecursionError, csv.Error)
+"""What the text of a file that is no recording raises."""
+_COPY: Final = "Copy it again from where it was made,"
 _KEPT: Final = 64
 """Characters of a key that is kept as it is; of a longer one a hash is, so that memory does not depend on how long they are."""
 
@@ -65,7 +75,8 @@ def replay(
     policies : iterable of str, optional
         Any of "lru", "none" and "adaptive". Default is None: all.
     truncated : bool, optional
-        Whether a file may be cut off at its end, of which what is whole is simulated. Default is False.
+        Whether a file may be cut off or damaged at its end: then the parts before the first one that is not whole are
+        simulated, of a second or 32,768 requests each. Default is False.
 
     Returns
     -------
@@ -94,107 +105,178 @@ def load(
     """The requests of a file, in the order of their times, and the bound and the policy of the store."""
     name = path_of_recording(path)
     try:
-        # Lines are those of `head`, though a key may hold other ends of lines.
-        with (
-            errors_name(name),
-            gzip.open(name, "rt", encoding="utf-8", newline="\n") as file,
-        ):
+        with errors_name(name), open(name, "rb") as file:
             return _parse(file, truncated=truncated)
-    except _CutOffError as cut:
-        way_out = (
-            "Simulate what is whole with `truncated=True`, copy it again from where it was made,"
-        )
-        raise _damaged(name, f"it is cut off after {cut.lines:,} lines", way_out) from cut
+    except _NotWholeError as cut:
+        raise _damaged(name, str(cut), cut.way_out) from cut
     except _OtherFormatError as other:
         raise _damaged(
             name, str(other), "Read it with the version of zcache that made it,"
         ) from other
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise _damaged(name, f"it is not, or not wholly, compressed by gzip ({error})") from error
-    except (ValueError, OverflowError, RecursionError, csv.Error) as error:
+    except _WRONG as error:
         raise _damaged(name, str(error)) from error
 
 
-class _CutOffError(EOFError):
-    """The file ends in the middle; `lines` are whole."""
+class _NotWholeError(Exception):
+    """A member of the file is not whole.
 
-    def __init__(self, lines: int) -> None:
-        self.lines = lines
+    Attributes
+    ----------
+    way_out : str
+        What can be done with `lines` whole lines.
+    """
+
+    def __init__(self, lines: int, error: Exception) -> None:
+        self.way_out = _COPY
+        if lines >= _HEAD_LINES:
+            self.way_out = f"Simulate what is whole with `truncated=True`, {_COPY.lower()}"
+        where = f"after {lines:,} lines" if lines else "in its first part"
+        if isinstance(error, EOFError):
+            what = f"it is cut off {where}"
+        elif lines:
+            what = f"it is damaged {where} ({error})"
+        else:
+            what = f"it is not, or not wholly, compressed by gzip ({error})"
+        super().__init__(what)
 
 
 class _OtherFormatError(ValueError):
     """A version of zcache that is not this one has made the file."""
 
 
-def _damaged(
-    name: str, what: str, way_out: str = "Copy it again from where it was made,"
-) -> RecordingError:
+def _damaged(name: str, what: str, way_out: str = _COPY) -> RecordingError:
     return RecordingError(
         f"{redact(name)!r} is no complete recording of requests: {what}. {way_out} or record anew "
         "with `with store.record(path):`."
     )
 
 
+def _members(file: BinaryIO) -> Iterator[bytes]:
+    """The data of a file of gzip in pieces, and b"" after each member: then it is known to be what was written.
+
+    Raises
+    ------
+    EOFError, zlib.error
+        If a member is not whole.
+    """
+    data, member = b"", None
+    while data := data or file.read(_PIECE):
+        if member is None:
+            member = zlib.decompressobj(_GZIP)
+        if piece := member.decompress(data, _PIECE):
+            yield piece
+        data = member.unconsumed_tail
+        if member.eof:
+            data, member = member.unused_data, None
+            yield b""
+    if member is not None:
+        raise EOFError
+
+
 class _Lines:
-    """The lines after the first one, of rows of which none is too long.
+    """The lines of a file, of rows of which none is too long.
 
     Attributes
     ----------
     row_size : int
         Characters of the present row; to be reset before each.
+    rows : int
+        Rows that were taken; to be counted by the caller.
+    number : int
+        Lines that were taken, ...
+    whole_rows, whole_lines : int
+        ... and what there was of both at the end of the last member that is whole.
     """
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._number = 1
-        self.row_size = 0
+    def __init__(self, file: BinaryIO) -> None:
+        self._members, self._whole_members = _members(file), 0
+        self.row_size = self.rows = self.number = self.whole_rows = self.whole_lines = 0
 
     def __iter__(self) -> Iterator[str]:
-        while line := self._file.readline(LONGEST_ROW):
-            self._number += 1
+        rest = b""
+        for piece in self._pieces():
+            rest += piece
+            # A key may hold other ends of lines.
+            end = rest.rfind(b"\n") + 1
+            if not end and len(rest) >= 4 * LONGEST_ROW:
+                end = len(rest)
+            yield from self._counted(rest[:end])
+            rest = rest[end:]
+        yield from self._counted(rest)
+
+    def _counted(self, data: bytes) -> Iterator[str]:
+        for line in io.StringIO(data.decode(), newline="\n"):
+            self.number += 1
             self.row_size += len(line)
-            if self.row_size >= LONGEST_ROW:
+            # What the first line is, the caller looks at.
+            if self.row_size >= LONGEST_ROW and self.number > 1:
                 raise ValueError(
-                    f"line {self._number} ends a row of {LONGEST_ROW} characters or more"
+                    f"line {self.number} ends a row of {LONGEST_ROW} characters or more"
                 )
             yield line
 
+    def _pieces(self) -> Iterator[bytes]:
+        try:
+            for piece in self._members:
+                if not piece:
+                    self._whole_members += 1
+                    self.whole_rows, self.whole_lines = self.rows, self.number
+                yield piece
+        except (EOFError, zlib.error) as error:
+            raise _NotWholeError(self.whole_lines, error) from error
 
-def _parse(file: TextIO, *, truncated: bool) -> tuple[Trace, int | None, Policy]:
-    head = file.readline(LONGEST_ROW)
+    @contextlib.contextmanager
+    def of_whole_members(self) -> Iterator[None]:
+        """Have what is wrong be an error of the file only if it is what was written."""
+        try:
+            yield
+        except _WRONG:
+            members = self._whole_members
+            for _ in self._pieces():
+                if self._whole_members > members:
+                    break
+            raise
+
+
+def _parse(file: BinaryIO, *, truncated: bool) -> tuple[Trace, int | None, Policy]:
+    lines = _Lines(file)
+    text = iter(lines)
+    head = next(text, "")
     if not head.startswith(MAGIC):
         raise ValueError(f"it begins with {head[:40]!r}, not with {HEAD!r}")
-    number, _, about = head.removeprefix(MAGIC).partition(": ")
-    columns = COLUMNS.get(number)
-    if columns is None:
-        raise _OtherFormatError(
-            f"its format is {number!r:.40}, and this version reads {' and '.join(COLUMNS)} only"
-        )
-    described = json.loads(about)
-    max_size, (block_size, header, beside), policy = _described(described, number)
-    slices = _slices_like_python(described)
-    lines = _Lines(file)
-    rows = csv.reader(lines, strict=True)
-    if tuple(next(rows, ())) != columns:
-        raise ValueError(f"its columns are not {', '.join(columns)}")
-    whole = rows.line_num
+    with lines.of_whole_members():
+        number, _, about = head.removeprefix(MAGIC).partition(": ")
+        columns = COLUMNS.get(number)
+        if columns is None:
+            raise _OtherFormatError(
+                f"its format is {number!r:.40}, and this version reads {' and '.join(COLUMNS)} only"
+            )
+        described = json.loads(about)
+        max_size, (block_size, header, beside), policy = _described(described, number)
+        slices = _slices_like_python(described)
+        rows = csv.reader(text, strict=True)
+        if tuple(next(rows, ())) != columns:
+            raise ValueError(f"its columns are not {', '.join(columns)}")
     requests, times = _Rows(), array("d")
     try:
-        lines.row_size = 0
-        for row in rows:
+        with lines.of_whole_members():
             lines.row_size = 0
-            if len(row) != len(columns):
-                raise ValueError(f"line {rows.line_num + 1} has {len(row)} columns")
-            try:
-                at, *asked = row
-                times.append(_time(at))
-                requests.append(*asked)
-            except ValueError as error:
-                raise ValueError(f"line {rows.line_num + 1}: {error}") from error
-            whole = rows.line_num
-    except EOFError as error:
-        if not truncated:
-            raise _CutOffError(whole + 1) from error
+            for row in rows:
+                lines.row_size = 0
+                if len(row) != len(columns):
+                    raise ValueError(f"line {rows.line_num + 1} has {len(row)} columns")
+                try:
+                    at, *asked = row
+                    times.append(_time(at))
+                    requests.append(*asked)
+                except ValueError as error:
+                    raise ValueError(f"line {rows.line_num + 1}: {error}") from error
+                lines.rows += 1
+    except _NotWholeError:
+        if not truncated or lines.whole_lines < _HEAD_LINES:
+            raise
+        del times[lines.whole_rows :]
+        requests.cut(lines.whole_rows)
     # Misses were written when they were known, not when they were made.
     order = np.argsort(np.frombuffer(times, float), kind="stable")
     found, served_by = requests.in_order(order)
@@ -240,6 +322,11 @@ class _Rows:
             strict=True,
         ):
             column.append(value)
+
+    def cut(self, rows: int) -> None:
+        """Keep so many rows."""
+        for column in (*self._keys, *self._sizes, self._hits, self._outdated):
+            del column[rows:]
 
     def _number(self, key: str | bytes, text: str) -> int:
         number = self._numbers.get((key, text))
