@@ -17,10 +17,20 @@ from zarr.storage import LocalStore, MemoryStore
 
 import zcache
 from pools import BESIDE_OTHERS, one_of
-from support import PROTOTYPE, buf, check_quiet, drained, drained_sync, fill, read, read_through
+from support import (
+    PROTOTYPE,
+    buf,
+    check_quiet,
+    drained,
+    drained_sync,
+    fill,
+    read,
+    read_through,
+    value_sync,
+)
 from zcache import CachePool, CacheStore, OfflineError
-from zcache.exceptions import OptionTypeError
-from zcache.testing import StoreDouble
+from zcache.exceptions import IndexLockTimeout, OptionTypeError
+from zcache.testing import StoreDouble, hold_index_lock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -255,6 +265,75 @@ asyncio.run(main())
     await asyncio.to_thread(
         subprocess.run, [sys.executable, "-c", script, str(tmp_path / "cache")], check=True
     )
+
+
+@pytest.mark.parametrize("kind", ["directory", "pool"])
+async def test_offline_does_not_wait_for_a_lock_that_is_kept_and_names_it(
+    source: StoreDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """`exists` waited for a minute, and all said that the key was not in the cache."""
+    cache = BESIDE_OTHERS[kind](tmp_path / "cache")
+    online = opened(source, cache)
+    await fill(online, **{"a/c/0": b"1", "a/zarr.json": b"2"})
+    await drained(online)
+    store = opened(source, cache, offline=True)
+    assert await read(store, "a/c/0") == b"1"
+    # In place of a minute: who waits for it waits for good.
+    monkeypatch.setattr("zcache._protocol.hits.COMPLETE_TIMEOUT", 1e9)
+    gone = "a/c/1"
+    with hold_index_lock(tmp_path / "cache"):
+        for work in (
+            lambda: store.exists("a/c/0"),
+            lambda: read(store, "a/c/0"),
+            lambda: read(store, gone),
+            lambda: store.exists(gone),
+            lambda: store.getsize(gone),
+            lambda: store.get_partial_values(PROTOTYPE, [(gone, None), ("a/c/0", None)]),
+            lambda: store.exists("b/.zarray"),
+        ):
+            with pytest.raises(
+                OfflineError, match=r"another process holds the lock.*Ask again"
+            ) as e:
+                await asyncio.wait_for(work(), 60)
+            assert isinstance(e.value.__cause__, IndexLockTimeout)
+        with pytest.raises(OfflineError, match="another process holds the lock"):
+            await asyncio.to_thread(value_sync, store, "a/c/0")
+        with pytest.raises(OfflineError, match="never cached"):
+            await read(store, "../a")
+    assert await read(store, "a/c/0") == b"1"
+    assert await store.exists("a/c/0")
+    with pytest.raises(OfflineError, match="not in the cache"):
+        await read(store, gone)
+
+
+@pytest.mark.parametrize("kind", ["directory", "pool"])
+def test_offline_in_a_process_that_cannot_open_the_index_names_its_lock(
+    source: StoreDouble, tmp_path: Path, kind: str
+) -> None:
+    online = opened(source, BESIDE_OTHERS[kind](tmp_path / "cache"))
+    asyncio.run(fill(online, **{"a/c/0": b"1"}))
+    drained_sync(online)
+    script = f"""
+import asyncio, sys
+from zarr.storage import MemoryStore
+from zarr.core.buffer import default_buffer_prototype
+from zcache import CachePool, CacheStore, OfflineError
+cache = CachePool(sys.argv[1]) if {kind == "pool"} else sys.argv[1]
+async def main():
+    store = CacheStore(MemoryStore(), cache_store=cache, source_id="source", offline=True)
+    for work in (lambda: store.exists("a/c/0"), lambda: store.get("a/c/0", default_buffer_prototype())):
+        try:
+            await work()
+        except OfflineError as error:
+            assert "another process holds the lock" in str(error), error
+        else:
+            raise AssertionError("it was answered")
+asyncio.run(main())
+"""
+    with hold_index_lock(tmp_path / "cache"):
+        subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "cache")], check=True, timeout=50
+        )
 
 
 # ------------------------------------------------------------------------------ listings

@@ -46,6 +46,14 @@ def is_complete(index: Index) -> bool:
     return index.is_complete
 
 
+class Opens(Protocol):
+    """What opens an index. `Opening` says what each is."""
+
+    meets_lock: bool
+
+    async def wait(self, io: IO, timeout: float, *, alone: bool) -> None: ...  # noqa: ASYNC109
+
+
 class Watcher(Protocol):
     """Who calls an index directly."""
 
@@ -78,7 +86,7 @@ class Handle(Protocol):
     def users(self) -> Registry[Any]: ...
 
     @property
-    def opening(self) -> object | None: ...
+    def opening(self) -> Opens | None: ...
 
     @property
     def deferred(self) -> deque[Callable[[], None]]: ...

@@ -50,6 +50,8 @@ class Opening:
         As given.
     then : list of callable
         Called with the handle once the index is open.
+    meets_lock : bool
+        Whether another process kept the lock of the index when it was tried last.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Opening:
         self._shared.since = since
         self.open_first = open_first
         self.then: list[Callable[[Handle], object]] = []
+        self.meets_lock = False
 
     @property
     def is_over(self) -> bool:
@@ -115,6 +118,7 @@ class Opening:
                 try:
                     self.open_first(LOCK_TIMEOUT if may_wait else 0.0)
                 except IndexBusyError:
+                    self.meets_lock = True
                     if not may_wait:
                         return False  # The next caller tries again.
                 else:

@@ -89,6 +89,8 @@ class Batch:
         self._next = 0
         self._missing: list[int] = []
         self._slow: dict[int, Any] = {}
+        # Those of which the index has not answered whether they are cached.
+        self._unknown: set[int] = set()
         # Those that were looked up and have missed, until it is known what they come to.
         self._open: set[int] = set()
         self._leads: dict[int, tuple[int, Flight]] = {}
@@ -219,18 +221,23 @@ class Batch:
 
     async def _look_offline(self, missing: list[int]) -> list[tuple[int, Buffer | None]]:
         """What is there by now of what was missing, or cannot be there at all, which is taken out."""
-        hits = self._reader.hits
-        again = await hits.wait_until_complete(self._io)
+        reader, hits = self._reader, self._reader.hits
         found: list[tuple[int, Buffer | None]] = []
+        again: bool | None = None
         for number in missing:
             asked = self._known(number)
             is_answer, value = False, None
-            if again:
-                hits.retract_miss(*asked)
-                is_answer, value = await hits.cached(self._io, asked[0], self._prototype, asked[1])
-            if not is_answer and await hits.is_ruled_out(self._io, asked[0]):
-                hits.recount_as_negative_hit(*asked)
-                is_answer = True
+            with reader.answers_offline(asked[0]):
+                if again is None:
+                    again = await hits.wait_until_complete(self._io)
+                if again or number in self._unknown:
+                    hits.retract_miss(*asked)
+                    is_answer, value = await hits.cached(
+                        self._io, asked[0], self._prototype, asked[1]
+                    )
+                if not is_answer and await hits.is_ruled_out(self._io, asked[0]):
+                    hits.recount_as_negative_hit(*asked)
+                    is_answer = True
             if is_answer:
                 self._open.discard(number)
                 found.append((number, value))
@@ -244,6 +251,7 @@ class Batch:
         try:
             served = await self._reader.hits.serve(self._io, key, self._prototype, byte_range, hit)
         except IndexLockTimeout:
+            self._unknown.add(number)
             return False, None
         if served[0]:
             self._open.discard(number)

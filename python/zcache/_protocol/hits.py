@@ -271,17 +271,20 @@ class Hits:
         return await self.serve(io, key, prototype, byte_range, hit)
 
     async def cached_size(self, io: IO, key: str) -> int | Literal[False] | None:
-        """Bytes of a value that is cached as a whole; `ABSENT`; or None where that is not known."""
+        """Bytes of a value that is cached as a whole; `ABSENT`; or None where that is not known.
+
+        Raises
+        ------
+        IndexLockTimeout
+            If the index does not answer.
+        """
         # Where the cache store is left alone, `get` reads the source.
         if not self.breaker.allows():
             self.counters.count("skipped")
             return None
-        try:
-            size = await self.handle.call(
-                io, Index.peek, *(key, None, self.now(), self.ages.of(key), self.missing_ages(key))
-            )
-        except IndexLockTimeout:
-            return None
+        size = await self.handle.call(
+            io, Index.peek, *(key, None, self.now(), self.ages.of(key), self.missing_ages(key))
+        )
         if size is None or size is ABSENT or await self._is_there(io, key, size):
             return size
         self.begin(io)
@@ -305,6 +308,11 @@ class Hits:
         A node has one of those that make it real, as a rule. Without ``.zmetadata`` it reads the same, and beside
         ``zarr.json``, which holds the attributes, there is no ``.zattrs``. Only where nothing can be written: one that is
         in both formats would lose what is not cached.
+
+        Raises
+        ------
+        IndexLockTimeout
+            If the index does not answer.
         """
         node, slash, name = key.rpartition("/")
         if name not in METADATA:
@@ -410,24 +418,38 @@ class Hits:
         """Wait until the index knows all that is cached; False where it does already.
 
         A minute at most, counted from the first who waits, and only while something is at work on it.
+
+        Raises
+        ------
+        IndexLockTimeout
+            If another process keeps the lock of the index.
         """
-        with contextlib.suppress(IndexLockTimeout):
-            if await self.handle.call(io, is_complete):
-                self._incomplete_since = math.inf
-                return False
+        if await self._is_complete(io):
+            return False
         self.backend.begin(io)
         self._incomplete_since = min(self._incomplete_since, time.monotonic())
         while time.monotonic() < self._incomplete_since + COMPLETE_TIMEOUT:
-            with contextlib.suppress(IndexLockTimeout):
-                if await self.handle.call(io, is_complete):
-                    self._incomplete_since = math.inf
-                    break
+            if await self._is_complete(io):
+                break
             if not self.backend.completes:
                 # The next try has a minute of its own.
                 self._incomplete_since = math.inf
                 break
             await io.pause(COMPLETE_PAUSE)
         return True
+
+    async def _is_complete(self, io: IO) -> bool:
+        is_known = False
+        try:
+            is_known = await self.handle.call(io, is_complete)
+        except IndexLockTimeout:
+            # One that is being opened knows it later, unless that waits for the lock as well.
+            opening = self.handle.opening
+            if opening is None or opening.meets_lock:
+                raise
+        if is_known:
+            self._incomplete_since = math.inf
+        return is_known
 
     # -------------------------------------------------------------- counters
 

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from zcache._backends.base import ABSENT, BUSY, FillJob
-from zcache._core import Index, select
+from zcache._core import Index, is_cacheable_key, select
 from zcache._index.handle import ignore
 from zcache._index.resolution import RETRYABLE
 from zcache._protocol.revalidate import Revalidator
@@ -20,11 +20,11 @@ from zcache._protocol.single_flight import Flight
 from zcache._protocol.stale import StaleValues
 from zcache._runtime.buffers import freeze, to_cpu_buffer
 from zcache._runtime.turns import turns
-from zcache._source.offline import miss
+from zcache._source.offline import locked, miss
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Sequence
+    from collections.abc import Awaitable, Iterator, Sequence
 
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
@@ -119,6 +119,8 @@ class Reader:
         try:
             is_answer, value = await self.hits.serve(io, key, prototype, byte_range, hit)
         except IndexLockTimeout:
+            if self.offline:
+                return await self._fetch_offline(io, key, prototype, byte_range, is_known=False)
             return await self.skip(io, key, prototype, request, byte_range)
         if is_answer:
             return value
@@ -175,24 +177,50 @@ class Reader:
         )
 
     async def _fetch_offline(
-        self, io: IO, key: str, prototype: BufferPrototype, byte_range: ByteRange | None
+        self,
+        io: IO,
+        key: str,
+        prototype: BufferPrototype,
+        byte_range: ByteRange | None,
+        *,
+        is_known: bool = True,
     ) -> Buffer | None:
-        """Read what was not found, once all is known that is cached; the source is not asked."""
-        if await self.hits.wait_until_complete(io):
-            self.hits.retract_miss(key, byte_range)
-            is_answer, value = await self.hits.cached(io, key, prototype, byte_range)
-            if is_answer:
-                return value
-        if await self.hits.is_ruled_out(io, key):
-            self.hits.recount_as_negative_hit(key, byte_range)
-            return None
+        """Read what was not found, once all is known that is cached; the source is not asked.
+
+        Unless `is_known`, the index has not answered whether it is cached.
+        """
+        with self.answers_offline(key):
+            if await self.hits.wait_until_complete(io) or not is_known:
+                self.hits.retract_miss(key, byte_range)
+                is_answer, value = await self.hits.cached(io, key, prototype, byte_range)
+                if is_answer:
+                    return value
+            if await self.hits.is_ruled_out(io, key):
+                self.hits.recount_as_negative_hit(key, byte_range)
+                return None
         raise miss(key)
+
+    @contextlib.contextmanager
+    def answers_offline(self, key: str) -> Iterator[None]:
+        """Have an `OfflineError` name the lock of the index, where that is why it is not known what is cached of a key."""
+        try:
+            yield
+        except IndexLockTimeout as error:
+            if not is_cacheable_key(key):
+                raise miss(key) from None
+            self.counters.count("skipped")
+            raise locked(key) from error
 
     async def known_size(self, io: IO, key: str) -> int | Literal[False] | None:
         """Bytes of a value that is cached as a whole; `ABSENT`; or None where that is not known."""
-        size = await self.hits.cached_size(io, key)
-        if size is None and self.offline:
-            if await self.hits.wait_until_complete(io):
+        if not self.offline:
+            try:
+                return await self.hits.cached_size(io, key)
+            except IndexLockTimeout:
+                return None
+        with self.answers_offline(key):
+            size = await self.hits.cached_size(io, key)
+            if size is None and await self.hits.wait_until_complete(io):
                 size = await self.hits.cached_size(io, key)
             if size is None and await self.hits.is_ruled_out(io, key):
                 return ABSENT

@@ -38,6 +38,14 @@ def miss(key: str, byte_range: ByteRequest | None = None) -> OfflineError:
     return OfflineError(f"{key!r} is not in the cache, and {_ASK_ONCE}")
 
 
+def locked(key: str) -> OfflineError:
+    """The error for a key of which the index does not answer what is cached."""
+    return OfflineError(
+        f"another process holds the lock of the index, so it is not known whether {key!r} is in the cache, and {_OFFLINE}. "
+        f"Ask again once that process goes on or has ended, or use a store that is online: {_ONLINE}."
+    )
+
+
 def _is_never_cached(byte_range: ByteRequest | None) -> bool:
     try:
         to_byte_range(byte_range)
