@@ -38,6 +38,28 @@ from zcache._source.urls import hide, redact, secrets_in, server, without_query,
         ("http://node/a?mail=me@hush http://node?hush@b", "http://node/a http://node"),
         ("https://proxy/https://me:hush@node/a", "https://proxy/https://node/a"),
         ("/data/s3:/me:hush@b/a", "/data/s3:/b/a"),
+        ("at 'https://me:hu sh hush@a/x?hush' b@c", "at 'https://a/x' b@c"),
+        ("https://me:hu'sh@a/x, https://me:12'sh@b", "https://a/x, https://b"),
+        ('https://me:hu"$sh@a/x?hush', "https://a/x"),
+        (
+            "https://me:hu`sh@a/x and s3://me:hu<sh@b/a s3://me:hu>sh@b",
+            "https://a/x and s3://b/a s3://b",
+        ),
+        ("https://me:hu/s'h <hush@a/x?hush and b@c", "https://a/x and b@c"),
+        ("https://a/it's?hush b@c", "https://a/it's b@c"),
+        ("https://a/x?sig=hu'sh'", "https://a/x'"),
+        ("Fs(me:hu'sh@b)", "Fs(b)"),
+        # What is none, nor a password.
+        ("'http://node:80' failed, write to me@here", "'http://node:80' failed, write to me@here"),
+        (
+            "(see http://node:80), me@here http://node:80: b@c",
+            "(see http://node:80), me@here http://node:80: b@c",
+        ),
+        ('<a href="http://node:80">me@here</a>', '<a href="http://node:80">me@here</a>'),
+        ('{"url":"https://a?hush","mail":"me@here"}', '{"url":"https://a","mail":"me@here"}'),
+        ("file://c:\\a\\b for me@here, s3://b/a b@c", "file://c:\\a\\b for me@here, s3://b/a b@c"),
+        ("http://node:port/x\nme@here", "http://node:port/x\nme@here"),
+        ("<Url>https://a/x?hush</Url><Key>k@b</Key>", "<Url>https://a/x</Url><Key>k@b</Key>"),
     ],
 )
 def test_redact_strips_what_may_be_secret(text: str, shown: str) -> None:
@@ -124,7 +146,18 @@ def test_without_user_leaves_keys_as_they_are(place: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["http://[fe80::0]:1/x,", "http://u:x?@:x", "?@:x", "a.", "::", "zip://a::", "a::b:c@"]
+    "text",
+    [
+        "http://[fe80::0]:1/x,",
+        "http://u:x?@:x",
+        "?@:x",
+        "a.",
+        "::",
+        "zip://a::",
+        "a::b:c@",
+        " b:c@",
+        "'a",
+    ],
 )
 def test_redact_takes_any_text(text: str) -> None:
     """Also where there is no end of it: it is for errors of others."""

@@ -19,12 +19,20 @@ _NEXT: Final = re.compile(rf"{_LINK}|[/,;](?={_SCHEME}://)", re.IGNORECASE)
 """Where another URL begins in what follows a scheme: the next one of a chain, of a proxy's, or of a list."""
 _SPLIT: Final = re.compile(rf"::|[/,;](?={_SCHEME}://)", re.IGNORECASE)
 """Where another one may begin."""
+_QUOTE: Final = r"""['"`](?=[a-z0-9%])"""
+"""A quotation mark that ends nothing: one that does is not followed by a word."""
 _URL: Final = re.compile(
-    rf"""(?P<scheme>(?<!{_RUN}){_RUN}+://)(?P<rest>(?:(?!{_LINK}|[/,;]{_SCHEME}://)[^\s'"<>`?#])*(?:[?#][^\s'"<>`]*)?)"""
-    r"""|(?P<place>(?<![^\s'"<>`@:/(\[{,=])[^\s'"<>`@:/(\[{,=]+:[^\s'"<>`@:/][^\s'"<>`@:]*@[^\s'"<>`]*)""",
+    rf"""(?P<scheme>(?<!{_RUN}){_RUN}+://)(?P<rest>(?:(?!{_LINK}|[/,;]{_SCHEME}://)(?:[^\s'"<>`?#]|{_QUOTE}))*"""
+    rf"""(?:[?#](?:[^\s'"<>`]|{_QUOTE})*)?)"""
+    r"""|(?P<place>(?<![^\s'"<>`@:/(\[{,=])[^\s'"<>`@:/(\[{,=]+:[^\s'"<>`@:/]"""
+    rf"""(?:[^\s'"<>`@:]|{_QUOTE})*@(?:[^\s'"<>`]|{_QUOTE})*)""",
     re.IGNORECASE,
 )
 """A URL, with all that follows its query, or up to the next one; or what some clients make of one with a password: it without its scheme."""
+_REST_OF_PASSWORD: Final = re.compile(r"(?:(?!://)[^\n@])*@")
+"""What follows a part of a password that seems to be all of a URL."""
+_PORT: Final = re.compile(r"[0-9]*[^\w%]*|\\.*", re.DOTALL)
+"""What follows the first colon in a URL without a password: a port, and perhaps the end of a sentence; or a path of Windows."""
 _MOST: Final = 16_384
 """Characters of a text that are looked at; what is longer is cut off."""
 _QUERY: Final = re.compile(r"[?#].*", re.DOTALL)
@@ -56,6 +64,9 @@ def redact(text: str) -> str:
         text = text[url.end() :]
         if url["scheme"] is None:
             shown.append(without_user(url["place"]))
+            continue
+        if _has_part_of_password(url["rest"]) and (more := _REST_OF_PASSWORD.match(text)):
+            text = url["scheme"] + text[more.end() :]
             continue
         _, place, query = _parts(url["rest"])
         shown.append(url["scheme"])
@@ -111,6 +122,13 @@ def _is_user(authority: str) -> bool:
     port = authority.rpartition(":")[2] if ":" in authority else ""
     is_port = not port or port.isdigit() or authority.endswith("]")
     return not (is_port or authority.startswith("arn:"))
+
+
+def _has_part_of_password(rest: str) -> bool:
+    """Whether what follows the scheme of a URL seems to end within a password, by one of the signs that end a URL."""
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    _, colon, port = authority.partition(":")
+    return "@" not in rest and bool(colon) and _is_user(authority) and _PORT.fullmatch(port) is None
 
 
 def _parts(rest: str) -> tuple[str, str, str]:
