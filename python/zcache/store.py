@@ -55,8 +55,9 @@ from zcache._runtime.capacity import memory
 from zcache._runtime.coroutines import Handover, run_without_loop
 from zcache._runtime.io import IO, SyncIO, is_sync
 from zcache._runtime.tracebacks import clear_frames
-from zcache._source.copies import same_cache, without_contents
+from zcache._source.copies import without_contents
 from zcache._source.describe import show, show_address
+from zcache._source.identity import same_source
 from zcache._source.missing import finds_none_in_many, raise_for_ranges
 from zcache._source.offline import OfflineSource, no_change
 from zcache._source.settled import settled
@@ -825,17 +826,17 @@ class CacheStore(Store, KeepsDecoded):
         return run_without_loop(self._cache.drain(self._sync_io, seconds))
 
     def __eq__(self, other: object) -> bool:
-        """Whether both read the same source with the same bounds through the same cache store."""
+        """Whether both read and write the same source, whatever they keep and where.
+
+        zarr compares stores so before it overwrites an array with itself: it would be deleted before it is copied.
+        """
         if not isinstance(other, CacheStore):
             return NotImplemented
-        if self._cache is not other._cache and (
-            self._options != other._options or not same_cache(self._cache, other._cache)
-        ):
+        if type(self) is not type(other) or self.read_only != other.read_only:
             return False
-        return (
-            type(self) is type(other)
-            and self.cache_set_data == other.cache_set_data
-            and self._store == other._store
+        mine, theirs = self._store, other._store
+        return mine == theirs or same_source(
+            (mine, self._cache.source_id), (theirs, other._cache.source_id)
         )
 
     __hash__ = None  # type: ignore[assignment]

@@ -10,7 +10,7 @@ from zarr.abc.store import Store
 from zarr.core.buffer.cpu import Buffer
 from zarr.storage import LocalStore, LoggingStore, MemoryStore, WrapperStore
 
-from zcache._source.copies import same_cache, source_of_copy, without_contents
+from zcache._source.copies import source_of_copy, without_contents
 from zcache._source.identity import SourceId, identify
 
 if TYPE_CHECKING:
@@ -31,10 +31,7 @@ class Cache:
     """What is asked of a cache."""
 
     source: Any
-    cache: Any = field(default_factory=MemoryStore)
     home: int | None = field(default_factory=os.getpid)
-    token: str = ""
-    shared: object = field(default_factory=object)
 
     @property
     def source_id(self) -> SourceId:
@@ -85,23 +82,6 @@ def test_without_contents_empties_memory_behind_wrappers(tmp_path: Path) -> None
     assert list(inner._store_dict) == ["a"]
     local = LocalStore(tmp_path)
     assert without_contents(local) is local
-
-
-def test_same_cache_compares_places_and_no_stores(tmp_path: Path) -> None:
-    source = memory()
-
-    def same(one: Store, other: Store, tokens: str = "12") -> bool:
-        return same_cache(
-            Cache(source, one, token=tokens[0]), Cache(source, other, token=tokens[1])
-        )
-
-    assert same(MemoryStore(), LocalStore(tmp_path), "11")
-    assert same(memory(), MemoryStore())
-    assert same(LocalStore(tmp_path), LocalStore(tmp_path))
-    assert not same(LocalStore(tmp_path), LocalStore(tmp_path / "a"))
-    own = Own(LocalStore(tmp_path))
-    assert same(own, own)
-    assert not same(own, Own(LocalStore(tmp_path)))
 
 
 def test_source_of_copy_that_cannot_be_read_only_is_the_copy() -> None:

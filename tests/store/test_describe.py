@@ -8,10 +8,11 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import obstore.store
 import pytest
 import zarr
 from zarr.abc.store import RangeByteRequest
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
 from support import buf, check_quiet, fill, listed, read, read_through, sizes_of
 from zcache import CachePool, CacheStore
@@ -174,31 +175,50 @@ def test_options_of_freshness_are_shown() -> None:
     assert CacheStore(MemoryStore(), stale_if_error="infinity").stale_if_error == "infinity"
 
 
-def test_equal(tmp_path: Path) -> None:
+def test_stores_over_one_source_are_equal_whatever_their_caches(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
     source, cache = LocalStore(tmp_path / "source"), LocalStore(tmp_path / "cache")
     options: dict[str, Any] = {"max_size": 100, "max_age_seconds": 60}
     store = CacheStore(source, cache_store=cache, **options)
     assert store == store  # noqa: PLR0124
-    assert store == CacheStore(
-        LocalStore(tmp_path / "source"), cache_store=LocalStore(tmp_path / "cache"), **options
-    )
-    others: list[Any] = [
+    for alike in (
+        CacheStore(LocalStore(tmp_path / "source"), cache_store=tmp_path / "cache", **options),
         CacheStore(source, cache_store=LocalStore(tmp_path / "other cache"), **options),
-        CacheStore(source, **options),
+        CacheStore(source),
         CacheStore(source, cache_store=cache, **options, cache_set_data=False),
         CacheStore(source, cache_store=cache, **{**options, "max_size": 101}),
-        CacheStore(source, cache_store=cache, **{**options, "max_size": None}),
-        CacheStore(source, cache_store=cache, **{**options, "max_age_seconds": 61}),
+        CacheStore(source, offline=True),
+        CacheStore(ObjectStore(obstore.store.LocalStore(tmp_path / "source"))),
+        CacheStore(LocalStore(tmp_path / "source", read_only=True)).with_read_only(False),
+    ):
+        assert store == alike
+        assert alike == store
+    for other in (
+        CacheStore(LocalStore(tmp_path / "other source")),
+        store.with_read_only(True),
         type("Mine", (CacheStore,), {})(source, cache_store=cache, **options),
         *(source, cache, None, "cache"),
-    ]
-    for other in others:
+    ):
         assert store != other
         assert other != store
-    assert CacheStore(source) == CacheStore(source)
-    assert CacheStore(source) != CacheStore(LocalStore(tmp_path / "other source"))
     with pytest.raises(TypeError, match="unhashable"):
         hash(store)
+
+
+@pytest.mark.skipif(
+    not hasattr(zarr.core.array, "_stores_share_data"), reason="this zarr deletes first"
+)
+def test_overwriting_an_array_with_itself_through_another_cache_is_refused(tmp_path: Path) -> None:
+    source = LocalStore(tmp_path / "source")
+    zarr.create_array(source, name="x", shape=4, chunks=4, dtype="i4", fill_value=-1)[:] = range(4)
+    array = zarr.open_array(CacheStore(source), path="x")
+    for other in (
+        CacheStore(LocalStore(tmp_path / "source"), max_age_seconds=5),
+        CacheStore(source, cache_store=tmp_path / "cache"),
+    ):
+        with pytest.raises(ValueError, match=r"overlap|same|itself"):
+            zarr.from_array(other, data=array, name="x", overwrite=True)
+    assert list(zarr.open_array(source, path="x")[:]) == [0, 1, 2, 3]
 
 
 async def test_equal_whatever_is_cached() -> None:

@@ -95,7 +95,7 @@ SURFACE: dict[str, Handled | Delegated | Inherited] = {
     "_read_only": Inherited("a field of each store"),
     "_check_writable": Inherited("zarr's own error", ("read_only",)),
     "with_read_only": Handled("the copy shares cache, index and counters"),
-    "__eq__": Handled("compares source, cache store and bounds"),
+    "__eq__": Handled("compares sources"),
 }
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from zarr.abc.store import Store
 from zarr.storage import MemoryStore
 
 from zcache._source.identity import identify
-from zcache._source.location import held_by, innermost, place_in_process, unwrapped
+from zcache._source.location import held_by, innermost, unwrapped
 
 if TYPE_CHECKING:
     from zcache._source.identity import SourceId
@@ -21,30 +21,20 @@ class Original(Protocol):
 
     Attributes
     ----------
-    source, cache : Store
-        Its two stores.
+    source : Store
+        What it reads from.
     source_id : SourceId
         Which source it is.
     home : int or None
         The process that it was made in; None if it arrived there as a copy.
-    token : str
-        The same for all copies of one cache.
-    shared : object
-        The same for all caches of one source and place in this process.
     """
 
     @property
     def source(self) -> Store: ...
     @property
-    def cache(self) -> Store: ...
-    @property
     def source_id(self) -> SourceId: ...
     @property
     def home(self) -> int | None: ...
-    @property
-    def token(self) -> str: ...
-    @property
-    def shared(self) -> object: ...
 
 
 def without_contents(cache: Store) -> Store:
@@ -101,14 +91,3 @@ def _same_values(one: MemoryStore, other: MemoryStore) -> bool:
     return mine.keys() == theirs.keys() and all(
         value.to_bytes() == theirs[key].to_bytes() for key, value in mine.items()
     )
-
-
-def same_cache(one: Original, other: Original) -> bool:
-    """Whether two caches are one, or would be if both were in one process."""
-    if one.token == other.token or one.shared is other.shared:
-        return True
-    mine, theirs = one.cache, other.cache
-    if isinstance(mine, MemoryStore) and isinstance(theirs, MemoryStore):
-        # What they hold at the moment does not show what they are.
-        return type(mine) is type(theirs) and mine.read_only == theirs.read_only
-    return mine.read_only == theirs.read_only and place_in_process(mine) == place_in_process(theirs)
