@@ -141,8 +141,9 @@ class Batch:
                 self._open.add(number)
             else:
                 self._slow[number] = hit
-                if reader.backend.is_turn_full:
-                    # What comes after it is read in the next one, rather than by threads.
+                if ready and reader.backend.is_turn_full:
+                    # What comes after it is read in the next one, at once as this was. Where others have filled this
+                    # one already, all waits for its turn as single reads do: else those would always come first.
                     self._next = number + 1
                     return ready
         self._next = len(self._asked)
@@ -201,7 +202,8 @@ class Batch:
             finally:
                 # Who waits for what did not come asks for it.
                 self._close_all()
-        for number, joined in self._waits:
+        for count, (number, joined) in enumerate(self._waits, 1):
+            await self._rest(count)
             key, request = self._requests[number]
             value = await self._reader.fetch(
                 self._io, key, self._prototype, request, to_byte_range(request), joined

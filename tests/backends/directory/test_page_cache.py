@@ -189,6 +189,36 @@ async def test_hits_of_one_call_wait_for_their_turn_as_single_ones_do(
     assert thread_reads == []
 
 
+async def test_hits_of_one_call_go_on_beside_others_that_fill_each_turn(where: Path) -> None:
+    count = 600
+    source = MemoryStore({f"small/{n}": buf(b"%d" % n) for n in range(count)})
+    large = buf(bytes(page_cache.A_TURN // 5))
+    others = [f"large/{n}" for n in range(8)]
+    for key in others:
+        await source.set(key, large)
+    asked = [(f"small/{n}", None) for n in range(count)]
+    store = CacheStore(source, cache_store=where / "beside", source_id="s")
+    for key in (*others, *(key for key, _ in asked)):
+        await read_through(store, key)
+        await read(store, key)
+
+    async def go_on(key: str) -> None:
+        while True:
+            await read(store, key)
+
+    tasks = [asyncio.ensure_future(go_on(key)) for key in others]
+    turns: list[None] = []
+    tasks.append(asyncio.ensure_future(count_turns(turns)))
+    await asyncio.sleep(0.01)
+    turns.clear()
+    found = await store.get_partial_values(PROTOTYPE, asked)
+    for task in tasks:
+        task.cancel()
+    assert [value and value.to_bytes() for value in found] == [b"%d" % n for n in range(count)]
+    # Not one value in each turn.
+    assert len(turns) < count // 2
+
+
 @pytest.mark.parametrize("verify", ["first", "always"])
 async def test_hit_first_is_verified_without_a_thread(
     where: Path, thread_reads: list[str], verify: str
