@@ -423,6 +423,11 @@ class RequestWriter:
             while True:
                 logger.warning(*self._warnings.popleft())
 
+    def _rest(self) -> None:
+        """Let readers go first, but where one waits for the end: each turn of theirs may take milliseconds."""
+        if not self._is_ended.is_set:
+            time.sleep(0)
+
     def _write_told(self) -> None:
         outcomes = self._outcomes
         while self._told:
@@ -430,7 +435,7 @@ class RequestWriter:
                 for _ in range(min(_AT_ONCE, len(self._told))):
                     step, args = self._told.popleft()
                     step(*args)
-                time.sleep(0)  # Readers first.
+                self._rest()
             self._write_known()
 
     def _write_known(self) -> None:
@@ -441,7 +446,7 @@ class RequestWriter:
             lines = csv.writer(text)
             for begin in range(0, len(some), _AT_ONCE):
                 lines.writerows(self._lines(some[begin : begin + _AT_ONCE]))
-                time.sleep(0)  # Readers first.
+                self._rest()
             self._append(gzip.compress(text.getvalue().encode(), 6))
 
     def _lines(self, requests: Iterable[_Request]) -> Iterable[tuple[Any, ...]]:

@@ -261,6 +261,10 @@ class Scanner:
             for _ in finder.find():
                 pass
             count = finder.foreign
+        if not count:
+            # What was in the way is gone by now, or known.
+            self._said = False
+            return
         logger.warning(
             "the cache directory %s holds %d files that zcache cannot show to be its own: they stay, count "
             "towards no bound, and keep values of their names uncached. Pass adopt=True if all that the "
