@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
 import pkgutil
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zcache
+from zcache._runtime import fork
+
+if TYPE_CHECKING:
+    import pytest
 
 _KINDS = (type(threading.Lock()), type(threading.RLock()), threading.Condition)
 
@@ -40,3 +45,17 @@ def test_each_lock_of_a_module_is_renewed_in_a_forked_child() -> None:
     assert ours.poll(60)
     assert ours.recv() == []
     process.join(60)
+
+
+def test_a_callback_that_raises_leaves_no_other_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the locks of all that come later would stay as a thread of the parent had them."""
+    ran: list[str] = []
+
+    def fails() -> None:
+        raise RuntimeError("fails")
+
+    monkeypatch.setattr(fork, "_callbacks", [fails, lambda: ran.append("last")])
+    number = os.fork()
+    if not number:
+        os._exit(0 if ran == ["last"] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 0

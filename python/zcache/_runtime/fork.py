@@ -17,15 +17,21 @@ def at_fork(callback: Callable[[], None]) -> None:
     Parameters
     ----------
     callback : callable
-        Takes nothing and must not raise. It runs before anything else in the child, and must not wait
-        for a lock that another thread of the parent may have held.
+        Takes nothing and must not raise; if it does, Python shows the error, and all others run. It runs before
+        anything else in the child, and must not wait for a lock that another thread of the parent may have held.
     """
     _callbacks.append(callback)
 
 
 def _run() -> None:
+    errors = []
     for callback in _callbacks:
-        callback()
+        try:
+            callback()
+        except Exception as error:  # noqa: BLE001 - the locks of all others have to be made anew all the same
+            errors.append(error)
+    if errors:
+        raise ExceptionGroup("in a forked child", errors)  # Python shows it, and goes on.
 
 
 os.register_at_fork(after_in_child=_run)
