@@ -3,12 +3,12 @@
 #
 #   PYTHON=python3.12   the interpreter of the build and of .venvs/base (default: python3)
 #   ARGS='...'          more arguments for the demo, the benches and the soak, and for pytest in check and test
-#   JOBS=0              how many pytest workers (default 4, for they wait more than they compute; 0: one process, for a
+#   JOBS=0              how many pytest workers (default 5, for they wait more than they compute; 0: one process, for a
 #                       debugger or -s)
 
 PYTHON ?= python3
 CARGO ?= cargo
-JOBS ?= 4
+JOBS ?= 5
 ARGS ?=
 
 .DEFAULT_GOAL := help

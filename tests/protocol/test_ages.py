@@ -271,9 +271,7 @@ async def test_age_of_a_store_that_is_gone_lets_others_evict_as_before(
     await check_quiet(lenient)
 
 
-async def test_ages_travel_with_copies_and_tell_stores_apart(
-    source: StoreDouble, clock: FakeClock
-) -> None:
+async def test_ages_travel_with_copies(source: StoreDouble, clock: FakeClock) -> None:
     cache = MemoryStore()
     inner = source.inner
     ages: dict[str, Any] = {"**/zarr.json": 60, "b/**": None}
@@ -283,7 +281,6 @@ async def test_ages_travel_with_copies_and_tell_stores_apart(
         assert other.max_age_seconds == {"**/zarr.json": 60, "b/**": "infinity"}
         assert other.metadata_max_age_seconds == 2
     assert copy == store
-    assert CacheStore(inner, cache_store=cache, max_age_seconds=ages) != store
     assert "metadata_max_age_seconds=2" in repr(store)
 
 
