@@ -19,6 +19,7 @@ from zcache import CachePool, CacheStore, with_decoded_cache
 from zcache._source.answers import UnnamedError
 from zcache._source.identity import identify
 from zcache._source.settled import real_path, settled
+from zcache.exceptions import NoSuchSourceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +42,6 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "path": lambda path: path,
     "local": LocalStore,
     "fsspec": fsspec_store,
-    "obstore": obstore_store,
     "wrapped": lambda path: WrapperStore(LoggingStore(LocalStore(path), log_level="ERROR")),
 }
 
@@ -105,12 +105,38 @@ def test_link_to_an_archive_is_followed_once(months: Path) -> None:
     stores = [
         zcache.open("latest.zip", cache=pool),
         zcache.open(f"zip://{months}/latest.zip", cache=pool),
-        CacheStore(ZipStore("latest.zip"), cache_store=pool),
     ]
     move(months, "feb")
     for store in stores:
         assert name_of(store) == f"zip://{months}/jan.zip"
         assert asyncio.run(read_through(pickle.loads(pickle.dumps(store)), "a")) == b"jan"
+
+
+@pytest.mark.parametrize("path", ["new.zip", "latest.zip", "absolute.zip"])
+def test_archive_is_written_by_the_store_that_was_given_alone(path: str, months: Path) -> None:
+    if path == "absolute.zip":
+        path = str(months / path)
+    with ZipStore(path, mode="a") as archive:
+        store = CacheStore(archive)
+        assert store._store is archive
+        zarr.create_array(store, name="x", shape=2, dtype="i4")[:] = 1
+        asyncio.run(archive.set("mine", buf(b"1")))
+        asyncio.run(store.set("theirs", buf(b"2")))
+    with zipfile.ZipFile(path) as found:
+        assert {"x/zarr.json", "mine", "theirs"} <= set(found.namelist())
+        assert found.testzip() is None
+
+
+def test_store_of_obstore_is_used_itself_and_named_by_where_its_path_leads(months: Path) -> None:
+    pool = CachePool(months / "pool", max_size="8 MiB")
+    given = obstore_store("latest")
+    store = CacheStore(given, cache_store=pool)
+    assert store._store is given
+    packed = pickle.dumps(store)
+    move(months, "feb")
+    for one, month in ((store, "jan"), (pickle.loads(packed), "feb")):
+        assert name_of(one) == f"file://{months}/{month}"
+        assert asyncio.run(read_through(one, "a")) == month.encode()
 
 
 def test_archive_that_was_opened_elsewhere_has_no_name(months: Path) -> None:
@@ -128,7 +154,7 @@ def test_archive_that_was_opened_elsewhere_has_no_name(months: Path) -> None:
     assert identify(archive).name == f"zip://{months}/feb.zip"
 
 
-@pytest.mark.parametrize("kind", ["local", "fsspec", "obstore", "wrapped"])
+@pytest.mark.parametrize("kind", ["local", "fsspec", "wrapped"])
 def test_store_over_a_path_without_links_is_used_itself(kind: str, months: Path) -> None:
     store = KINDS[kind](str(months / "jan"))
     assert settled(store) is store
@@ -184,7 +210,7 @@ def test_real_path_is_that_of_the_system(months: Path) -> None:
     (months / "root").symlink_to("/")
     for path in (
         "latest/a",
-        "none/../jan",
+        "latest/../jan/none",
         "up/jan",
         f"root{months}/./feb/",
         "//",
@@ -194,7 +220,7 @@ def test_real_path_is_that_of_the_system(months: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/proc/self/root/tmp", "/proc/self/cwd", "/proc/1/root", "/x/../proc"]
+    "path", ["/proc/self/root/tmp", "/proc/self/cwd", "/proc/1/root", "/usr/../proc"]
 )
 def test_real_path_below_proc_is_not_known(path: str) -> None:
     with pytest.raises(UnnamedError):
@@ -202,6 +228,16 @@ def test_real_path_below_proc_is_not_known(path: str) -> None:
     store = LocalStore(path)
     assert settled(store) is store
     assert identify(store).is_ephemeral
+
+
+def test_path_out_of_a_folder_that_is_not_there_leads_nowhere(months: Path) -> None:
+    for path in ("none/../jan", "jan/a/../../jan", "latest/none/../../jan"):
+        assert not Path(path).exists()
+        with pytest.raises(NoSuchSourceError):
+            zcache.open(path)
+        store = LocalStore(path)
+        assert settled(store) is store
+        assert identify(store).is_ephemeral
 
 
 def test_real_path_of_a_link_to_itself_is_not_known(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ _HEADER: Final = re.compile(
     re.IGNORECASE,
 )
 """Headers of a request that say who asks. `Accept` and its like select one of several representations."""
+_ANY: Final = (("accept", "*/*"), ("accept-encoding", "identity"))
+"""Headers with values that select none."""
 _AIOHTTP: Final = frozenset(
     {
         *("auth", "conn_timeout", "loop", "max_field_size", "max_headers", "max_line_size"),
@@ -44,8 +46,16 @@ _HTTP: Final = (
     _FSSPEC
     | _AIOHTTP
     | {
-        *("block_size", "cache_options", "cache_type", "client_kwargs", "encoded", "get_client"),
-        *("headers", "params", "proxy_headers", "same_scheme", "simple_links", "size_policy"),
+        *("block_size", "cache_options", "cache_type", "client_kwargs", "cookies", "encoded"),
+        *(
+            "get_client",
+            "headers",
+            "params",
+            "proxy_headers",
+            "same_scheme",
+            "simple_links",
+            "size_policy",
+        ),
     }
 )
 _S3FS: Final = _FSSPEC | {
@@ -58,8 +68,8 @@ _S3FS: Final = _FSSPEC | {
 }
 _S3FS_CLIENT: Final = frozenset(
     {
-        *("aws_access_key_id", "aws_account_id", "aws_secret_access_key", "aws_session_token"),
-        *("endpoint_url", "region_name", "use_ssl", "verify"),
+        *("api_version", "aws_access_key_id", "aws_account_id", "aws_secret_access_key"),
+        *("aws_session_token", "endpoint_url", "region_name", "use_ssl", "verify"),
     }
 )
 _S3FS_CONFIG: Final = frozenset(
@@ -104,7 +114,8 @@ _GCSFS: Final = _FSSPEC | {
     *("default_location", "endpoint_url", "finalize_on_close", "max_mrd_pool_cache_queue_size"),
     *("memmove_max_workers", "mrd_pool_cache_size", "project", "requester_pays"),
     *("requests_timeout", "retry_initial", "retry_maximum", "retry_multiplier", "retry_timeout"),
-    *("secure_serialize", "session_kwargs", "timeout", "token", "version_aware"),
+    *("secure_serialize", "session_kwargs", "timeout", "token", "user_project"),
+    "version_aware",
 }
 _ADLFS: Final = _FSSPEC | {
     *("account_host", "account_key", "account_name", "anon", "assume_container_exists"),
@@ -260,12 +271,12 @@ def _check_aiohttp(options: dict[str, Any]) -> None:
             _check_headers(value or {})
         elif name == "params":
             check_query("&".join(f"{each}=" for each in value))
-        elif name not in _AIOHTTP:
+        elif name not in _AIOHTTP and not (name == "cookies" and not value):
             raise UnnamedError
 
 
 def _check_headers(headers: Any) -> None:
     for name, value in headers.items():
-        is_identity = name.lower() == "accept-encoding" and value in ("identity", b"identity")
-        if not is_identity and not _HEADER.fullmatch(name):
+        text = value.decode("latin-1") if isinstance(value, bytes) else value
+        if (name.lower(), text) not in _ANY and not _HEADER.fullmatch(name):
             raise UnnamedError

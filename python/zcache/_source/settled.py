@@ -24,7 +24,8 @@ def real_path(path: str) -> str:
     Raises
     ------
     UnnamedError
-        If it leads through ``/proc``, where a link may lead to files that no path of this process names.
+        If it leads through ``/proc``, where a link may lead to files that no path of this process names, or
+        by ``..`` out of a folder that is not there.
     """
     here, links = "/", 0
     rest = (
@@ -36,6 +37,9 @@ def real_path(path: str) -> str:
         if name in ("", "."):
             continue
         if name == "..":
+            # Above what is not there is nothing either, to the system.
+            if not os.path.isdir(here):
+                raise UnnamedError
             here = os.path.dirname(here)
             continue
         below = os.path.join(here, name)
@@ -63,13 +67,15 @@ def settled(store: Any) -> Any:
     Parameters
     ----------
     store : Store
-        Any store. Those of which the path is as it should be, or cannot be changed, are returned themselves.
+        Any store. Only a `LocalStore`, or a local `FsspecStore`, of which the path is not as it should be is replaced:
+        it has nothing but its path. An archive has an open file, which is to have one writer, and a store of obstore
+        stays where its path has led when it was made.
     """
     return ask(lambda: _settled(store)) or store
 
 
 def is_settled(store: Store) -> bool:
-    """Whether what a store without wrappers reads is where its path leads, wherever that leads later; true of one without a path.
+    """Whether what a store without wrappers reads is where its path leads now; true of one without a path.
 
     Raises
     ------
@@ -79,10 +85,12 @@ def is_settled(store: Store) -> bool:
     path = _path_of(store)
     if path is None:
         return True
-    if isinstance(store, ZipStore) and (file := _open_file(store)) is not None:
+    real = real_path(path)
+    if isinstance(store, ZipStore):
         # One that is open reads what the path led to when it was opened.
-        return os.path.samestat(os.fstat(file), os.stat(path))
-    return real_path(path) == path
+        file = _open_file(store)
+        return file is None or os.path.samestat(os.fstat(file), os.stat(path))
+    return isinstance(store, ObjectStore) or real == path
 
 
 def _settled(store: Any) -> Any:
@@ -91,30 +99,20 @@ def _settled(store: Any) -> Any:
     path = _path_of(inner)
     if path is None or not all(is_transparent(wrapper) for wrapper in found[:-1]):
         return None
-    fsspec = isinstance(inner, FsspecStore)
-    real = real_path(inner.fs._strip_protocol(path) if fsspec else path)
-    if real == path or (changed := _by(inner, real)) is None:
+    if type(inner) is LocalStore:
+        real = real_path(path)
+        changed: dict[str, Any] = {"root": Path(real)}
+    elif type(inner) is FsspecStore:
+        real = real_path(inner.fs._strip_protocol(path))
+        changed = {"path": real}
+    else:
+        return None
+    if real == path:
         return None
     inner = _like(inner, changed)
     for wrapper in reversed(found[:-1]):
         inner = _like(wrapper, {"_store": inner})
     return inner
-
-
-def _by(store: Any, path: str) -> dict[str, Any] | None:
-    """The attributes of a store without wrappers that goes by another path; None where it cannot."""
-    kind = type(store)
-    if kind is LocalStore:
-        return {"root": Path(path)}
-    if kind is ZipStore:
-        return {"path": Path(path)} if _open_file(store) is None else None
-    if kind is FsspecStore:
-        return {"path": path}
-    if kind is ObjectStore:
-        # It stays where its path has led when it was made, and does not tell where that is.
-        _, options = store.store.__getnewargs_ex__()
-        return {"store": type(store.store)(path, **options)}
-    return None
 
 
 def _path_of(store: Any) -> str | None:
