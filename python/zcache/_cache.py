@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import threading
 import time
 import uuid
 import weakref
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +18,7 @@ from zarr.storage import MemoryStore
 
 from zcache._backends.pool.source import PoolSource
 from zcache._backends.select import open_backend
+from zcache._backends.source_place import SourcePlace, place_of
 from zcache._core import Index
 from zcache._decoded import cache as decoded_chunks
 from zcache._decoded.cache import DecodedCache
@@ -34,13 +37,20 @@ from zcache._runtime.coroutines import run_without_loop
 from zcache._runtime.fork import at_fork
 from zcache._runtime.lingering import lease
 from zcache._runtime.registry import Registry
-from zcache._source.copies import source_of_copy
+from zcache._source.copies import is_equal, source_of_copy
 from zcache._source.describe import describe
-from zcache._source.identity import SourceId, identify, name_after_fork, say_unnamed
+from zcache._source.identity import (
+    SourceId,
+    identify,
+    keeps_values_in_process,
+    name_after_fork,
+    say_unnamed,
+)
 from zcache._source.location import innermost, outlives_process
+from zcache._source.settled import settled
 from zcache._source.slicing import slices_like_python
 from zcache._source.validators import validators_of
-from zcache.exceptions import CacheUnreachableError, IndexLockTimeout
+from zcache.exceptions import CacheOwnershipError, CacheUnreachableError, IndexLockTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +66,7 @@ if TYPE_CHECKING:
     from zcache._types import Minimised, Policy
 
 
+logger = logging.getLogger("zcache")
 _AT_ONCE: Final = 1000
 """Values of which the sample is told in one step of the index."""
 
@@ -80,6 +91,8 @@ class Cache:
         Decoded chunks, where `decoded_size` is given.
     home : int or None
         The process that it was made in; None if it arrived there as a copy.
+    is_of_process : bool
+        Whether copies in other processes are of another source; see `keeps_values_in_process`.
     """
 
     def __init__(
@@ -91,6 +104,7 @@ class Cache:
         self.home = None if token else os.getpid()
         self.known_token = token
         self.source_id = identify(source, options.source_id)
+        self.is_of_process = self.source_id.is_ephemeral and keeps_values_in_process(source)
         slices = slices_like_python(innermost(source))
         limits = {
             "max_size": options.max_size,
@@ -196,7 +210,7 @@ class Cache:
         """Forget what is outdated where a copy comes that was made after changes that are not known here."""
         handle = self.shared.handle
         # Those who share an index hear of each other's changes of a source that has one name in all processes.
-        hears = handle.index.shared and not self.source_id.is_ephemeral
+        hears = handle.index.shared and not self.is_of_process
         if hears or not self.shared.changes.meet(version):
             return
         handle.call_later(ignore, Index.invalidate, "")
@@ -208,7 +222,7 @@ class Cache:
 
     def after_fork(self) -> None:
         """Be another cache than the parent's, if its source is another one."""
-        if not self.source_id.is_ephemeral:
+        if not self.is_of_process:
             return
         self.source_id = SourceId(name_after_fork(self.source_id.name))
         # Copies that the parent makes have its data.
@@ -306,13 +320,20 @@ class Cache:
 _lock = threading.RLock()
 _caches: Registry[Cache] = Registry()
 _by_token: OneForEach[Cache] = OneForEach()
+_said: set[str] = set()
+"""Why copies cache nothing, once for each place."""
 
 
-def find_or_make(token: str, source: Store, make: Callable[[str], Cache]) -> tuple[Cache, Store]:
-    """The cache of this process for a copy that has come with this token and source, and what it reads.
-
-    `make` makes one with a token, where there is none yet, or not one of this source.
-    """
+def find_or_make(
+    token: str, source: Store, cache_store: Store, options: CacheOptions
+) -> tuple[Cache, Store]:
+    """The cache of this process for a copy that has come with this token and these, and what it reads."""
+    # Where its path leads here was found out for another copy. Many may come, each for one read.
+    known = _by_token.get(token)
+    if known is not None and is_equal(source, known.source):
+        return known, source
+    source = settled(source)
+    make = partial(_arrived, source, cache_store, options)
     cache = _by_token.find_or_make(token, partial(make, token))
     # Another copy has made it.
     if cache.source is not source:
@@ -322,6 +343,23 @@ def find_or_make(token: str, source: Store, make: Callable[[str], Cache]) -> tup
         token = uuid.uuid4().hex
         cache = _by_token.find_or_make(token, partial(make, token))
     return cache, source
+
+
+def _arrived(source: Store, cache_store: Store, options: CacheOptions, token: str) -> Cache:
+    """The cache of a copy; without room where its cache store is in use for another source.
+
+    Who unpickles it is an executor, say, which an error here would end.
+    """
+    if isinstance(cache_store, SourcePlace):
+        cache_store = place_of(source)
+    try:
+        return Cache(source, cache_store, options, token=token)
+    except CacheOwnershipError as error:
+        said = str(error)
+    if said not in _said:
+        _said.add(said)
+        logger.warning("a copy of a store caches nothing in this process: %s", said)
+    return Cache(source, MemoryStore(), replace(options, max_size=0), token=token)
 
 
 async def drain_source(pool: Pool, label: str, io: IO, timeout: float) -> bool:  # noqa: ASYNC109
@@ -348,8 +386,9 @@ def _after_fork() -> None:
     _lock = threading.RLock()
     # All of them before a pool tells each what it holds now.
     for shared in shared_indexes.live():
-        if shared.source_id.is_ephemeral:
-            shared_indexes.rename(shared, name_after_fork(shared.source_id.name))
+        name = shared.source_id.name
+        if (new := name_after_fork(name)) != name:
+            shared_indexes.rename(shared, new)
     for shared in shared_indexes.live():
         shared.breaker.after_fork()
         shared.changes.after_fork()

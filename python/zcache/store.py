@@ -26,7 +26,6 @@ from zcache._advice.trace import sampled
 from zcache._ages import MISSING_MAX_AGE
 from zcache._backends.base import ABSENT
 from zcache._backends.ownership import trust, trusted_root
-from zcache._backends.source_place import SourcePlace, place_of
 from zcache._byte_ranges import check_byte_range, check_key, check_prefix, to_byte_range
 from zcache._cache import Cache, find_or_make
 from zcache._cache_options import CacheOptions, parse_options
@@ -195,9 +194,12 @@ class CacheStore(Store, KeepsDecoded):
     source_id : str, optional
         Name of the source, for a cache that outlives the process. Default is None: the URL or path and
         the endpoint of a `LocalStore`, `ZipStore`, `FsspecStore` or `ObjectStore`, or the repository and snapshot of a
-        read-only icechunk session without virtual chunks. Any other store is a new source in each process, so its
-        cache starts cold. Give one for a store without a name (a `MemoryStore`, an `FsspecStore` over a URL with a
-        query or a fragment, a class or wrapper of your own), and where the same data is reached under several names.
+        read-only icechunk session without virtual chunks. Any other store is a new source each time, so its cache
+        starts cold. Copies of one store in other processes, forked or unpickled, share its cache; but sources in memory
+        and writable sessions of icechunk are other sources there. Give one for a store without a name (a
+        `MemoryStore`, an `FsspecStore` over a URL with a query or a fragment, a class or wrapper of your own), and
+        where the same data is reached under several names; and one for each process for a class of your own that keeps
+        its values itself and is written to.
     min_free_space : int or str, optional
         Bytes of the volume of a cache directory that stay free, written as for `max_size`. If fewer are free, zcache
         evicts before it writes. If evicting everything would not make room, the cache is kept, and nothing is added
@@ -874,11 +876,14 @@ class CacheStore(Store, KeepsDecoded):
         if decoded is not None and decoded is not cache.decoded:
             own = decoded.max_size, decoded.token
         # Contents stay: a cache in memory travels empty.
-        kept = cache.cache
+        kept, options = cache.cache, replace(self._options, adopt=False)
+        if cache.source_id.is_ephemeral and not cache.is_of_process:
+            # Copies read the same data.
+            options = replace(options, source_id=cache.source_id.name)
         return {
             "store": self._store,
             "cache": without_contents(kept),
-            "options": replace(self._options, adopt=False),
+            "options": options,
             "set": self.cache_set_data,
             "own_decoded": own,
             "trusted": trusted_root(kept),
@@ -890,18 +895,11 @@ class CacheStore(Store, KeepsDecoded):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Where its path leads in this process.
-        store = settled(state["store"])
         if (trusted := state["trusted"]) is not None:
             trust(trusted)
-
-        def make(token: str) -> Cache:
-            kept = state["cache"]
-            if isinstance(kept, SourcePlace):
-                kept = place_of(store)
-            return Cache(store, kept, state["options"], token=token)
-
-        cache, store = find_or_make(state["token"], store, make)
+        cache, store = find_or_make(
+            state["token"], state["store"], state["cache"], state["options"]
+        )
         vars(self).update(state["more"])
         self._setup(store, cache, state["set"])
         if state["own_decoded"] is not None:

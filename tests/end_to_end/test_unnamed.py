@@ -1,9 +1,10 @@
-"""A source without a name is another one in each process: what one does to it is served to no other."""
+"""A source in memory is another one in each process: what one does to it is served to no other. A user's own is one."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -42,6 +43,12 @@ def fsspec_memory() -> Store:
 
 def own() -> Store:
     return StoreDouble(MemoryStore())
+
+
+def own_over(where: Path) -> Store:
+    """One of a user's own that keeps its values where all processes find them."""
+    (where / "source").mkdir()
+    return StoreDouble(LocalStore(where / "source"))
 
 
 def directory(where: Path) -> Any:
@@ -236,6 +243,35 @@ def test_arrays_with_decoded_chunks_over_one_source_see_each_other_in_a_forked_c
     assert list(before[:]) == [1] * 4
 
 
+@needs_fork
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("place", [directory, pool])
+def test_forked_child_shares_what_is_cached_of_a_users_own(
+    place: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    store = CacheStore(own_over(tmp_path), cache_store=place(tmp_path))
+    for key in ("a", "b"):
+        asyncio.run(write(store, key, b"both"))
+    name = store._cache.source_id.name
+
+    def child(end: Any) -> None:
+        assert store._cache.source_id.name == name
+        for key in ("a", "b"):
+            assert asyncio.run(read_through(store, key)) == b"both"
+        assert store.cache_stats()["misses"] == 0
+        copied = pickle.loads(pickle.dumps(store))
+        asyncio.run(write(copied, "a", b"mine"))
+        end.send(None)
+        told(end)
+        assert asyncio.run(read_through(store, "b")) == b"ours"
+
+    with forked(child) as end:
+        told(end)
+        assert asyncio.run(read_through(store, "a")) == b"mine"
+        asyncio.run(write(store, "b", b"ours"))
+        end.send(None)
+
+
 # ------------------------------------------------------------------------------- pickled
 
 
@@ -243,11 +279,15 @@ WORKER = """
 import asyncio, pickle, sys
 from support import read_through, write
 from zcache import CacheStore
+stores = []
 for line in sys.stdin:
     step, *more = line.split()
     if step == "load":
         store = pickle.loads(bytes.fromhex(more[0]))
+        stores.append(store)
         print(store._cache.source_id.name, flush=True)
+    elif step == "hits":
+        print(store.cache_stats()["hits"], flush=True)
     elif step == "set":
         asyncio.run(write(store, more[0], more[1].encode()))
         print(flush=True)
@@ -260,18 +300,19 @@ for line in sys.stdin:
 class Worker:
     """Another process, which has unpickled a store."""
 
-    def __init__(self, store: CacheStore) -> None:
+    def __init__(self, store: CacheStore | str, stderr: int | None = None) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", WORKER],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
         self.name = self.load(store)
 
-    def load(self, store: CacheStore) -> str:
-        return self("load", pickle.dumps(store).hex())
+    def load(self, store: CacheStore | str) -> str:
+        return self("load", store if isinstance(store, str) else pickle.dumps(store).hex())
 
     def __call__(self, *step: str) -> str:
         assert self._process.stdin is not None
@@ -284,7 +325,7 @@ class Worker:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.communicate(timeout=LONGEST)
+        _, self.said = self._process.communicate(timeout=LONGEST)
 
 
 @pytest.mark.parametrize("place", [directory, pool])
@@ -303,6 +344,50 @@ def test_copies_in_other_processes_are_other_sources(
             assert other("get", "a") == "both"
             assert asyncio.run(read_through(store, "a")) == b"both"
             assert one("get", "b") == other("get", "b") == ""
+
+
+@pytest.mark.parametrize("place", [directory, pool])
+def test_copies_in_other_processes_share_what_is_cached_of_a_users_own(
+    place: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    store = CacheStore(own_over(tmp_path), cache_store=place(tmp_path))
+    asyncio.run(write(store, "a", b"both"))
+    with Worker(store) as one, Worker(store) as other:
+        assert one.name == other.name == store._cache.source_id.name
+        assert one("get", "a") == other("get", "a") == "both"
+        assert one("hits") == other("hits") == "1"
+        one("set", "a", "one")
+        assert other("get", "a") == "one"
+        assert asyncio.run(read_through(store, "a")) == b"one"
+
+
+def test_copy_of_a_users_own_finds_what_its_process_has_left_in_a_pool(tmp_path: Path) -> None:
+    store = CacheStore(own_over(tmp_path), cache_store=pool(tmp_path))
+    asyncio.run(write(store, "a", b"1"))
+    packed = pickle.dumps(store).hex()
+    del store
+    gc.collect()
+    for _ in range(2):
+        with Worker(packed) as one:
+            assert one("get", "a") == "1"
+            assert one("hits") == "1"
+
+
+@pytest.mark.parametrize("place", [directory, another])
+def test_copy_caches_nothing_where_its_place_is_in_use_for_another_source(
+    place: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    source, cache = MemoryStore({"a": buf(b"1")}), place(tmp_path)
+    stores = [CacheStore(source, cache_store=cache, max_size=size) for size in (1000, 2000)]
+    with Worker(stores[0], stderr=subprocess.PIPE) as one:
+        for _ in range(3):
+            assert one.load(stores[1])
+            assert one("get", "a") == "1"
+        one("set", "a", "2")
+        assert one("get", "a") == "2"
+    lines = [line for line in one.said.splitlines() if "holds the cache of another" in line]
+    assert len(lines) == 1
+    assert "source_id=" in lines[0]
 
 
 def test_copies_in_other_processes_have_the_name_that_was_given(tmp_path: Path) -> None:

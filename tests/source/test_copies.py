@@ -10,7 +10,7 @@ from zarr.abc.store import Store
 from zarr.core.buffer.cpu import Buffer
 from zarr.storage import LocalStore, LoggingStore, MemoryStore, WrapperStore
 
-from zcache._source.copies import source_of_copy, without_contents
+from zcache._source.copies import is_equal, source_of_copy, without_contents
 from zcache._source.identity import SourceId, identify
 
 if TYPE_CHECKING:
@@ -63,6 +63,16 @@ def test_source_of_copy_of_a_source_with_another_name_by_now_is_none(tmp_path: P
     """An environment, or a link, may have changed since."""
     arrived = Cache(LocalStore(tmp_path / "one"), home=None)
     assert source_of_copy(arrived, LocalStore(tmp_path / "two")) is None
+
+
+def test_is_equal_of_stores_with_one_path(tmp_path: Path) -> None:
+    one, other = LocalStore(tmp_path / "a"), LocalStore(tmp_path / "b")
+    assert is_equal(one, WrapperStore(LocalStore(tmp_path / "a")))
+    assert is_equal(one, one.with_read_only(True))
+    assert not is_equal(one, other)
+    assert not is_equal(one, Own(one))
+    assert not is_equal(Own(one), Own(one))
+    assert not is_equal(memory(), memory())
 
 
 def test_source_of_copy_keeps_whether_it_is_read_only() -> None:

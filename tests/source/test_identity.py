@@ -36,6 +36,7 @@ from zcache._source.identity import (
     EPHEMERAL,
     SourceId,
     identify,
+    keeps_values_in_process,
     location_named,
     same_source,
     say_unnamed,
@@ -490,6 +491,50 @@ def test_identify_snapshots_with_virtual_chunks_have_no_name(tmp_path: Path) -> 
     storage = icechunk.local_filesystem_storage(str(tmp_path / "a"))
     repo = icechunk.Repository.create(storage, config)
     assert name_of(repo.readonly_session("main").store) is None
+
+
+def test_sources_that_are_known_to_keep_their_values_in_their_process(tmp_path: Path) -> None:
+    class Own(WrapperStore[Any]):
+        pass
+
+    class OwnMemory(MemoryStore):
+        pass
+
+    local = LocalStore(tmp_path)
+    for store in (
+        MemoryStore(),
+        OwnMemory(),
+        LoggingStore(MemoryStore(), log_level="ERROR"),
+        Own(MemoryStore()),
+        CacheStore(MemoryStore()),
+        LocalStore("/proc/self/cwd"),
+    ):
+        assert keeps_values_in_process(store)
+    for store in (local, Own(local), WrapperStore(local), CacheStore(Own(local))):
+        assert not keeps_values_in_process(store)
+
+
+def test_file_systems_in_memory_keep_their_values_in_their_process() -> None:
+    fsspec = pytest.importorskip("fsspec")
+    memory = FsspecStore.from_url("memory://a")
+    assert keeps_values_in_process(memory)
+    folder = fsspec.filesystem("dir", fs=memory.fs, path="b", asynchronous=True)
+    assert keeps_values_in_process(FsspecStore(folder, path="c"))
+
+
+def test_buckets_in_memory_keep_their_values_in_their_process(tmp_path: Path) -> None:
+    stores = pytest.importorskip("obstore.store")
+    assert keeps_values_in_process(ObjectStore(stores.MemoryStore()))
+    assert not keeps_values_in_process(ObjectStore(stores.LocalStore(tmp_path)))
+
+
+def test_sessions_that_can_be_written_keep_their_values_in_their_process(tmp_path: Path) -> None:
+    repo = local_repository(tmp_path)
+    session = repo.writable_session("main")
+    assert keeps_values_in_process(session.store)
+    assert not keeps_values_in_process(repo.readonly_session("main").store)
+    if hasattr(session, "fork"):
+        assert keeps_values_in_process(session.fork().store)
 
 
 def test_identify_snapshots_on_servers_differ_and_show_no_secret() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from zarr.storage import LocalStore, LoggingStore, MemoryStore, WrapperStore
+from zarr.storage import FsspecStore, LocalStore, LoggingStore, MemoryStore, WrapperStore
 
 from doubles import DictStore, GatedStore, SyncDictStore
 from support import buf, check_quiet_sync, drained, read, read_through, said
@@ -490,6 +490,35 @@ async def test_a_forked_child_that_ends_inherited_coroutines_changes_nothing(
         assert await read(store, "k") == value
         assert store.cache_info()["cached_keys"] == 1
         assert stored_sizes(store) == {"k": 3}
+
+
+@pytest.mark.parametrize("kind", ["local", "wrapped", "fsspec"])
+def test_copy_that_meets_its_like_asks_for_no_path(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source: Any = LocalStore(tmp_path)
+    if kind == "wrapped":
+        source = WrapperStore(source)
+    elif kind == "fsspec":
+        pytest.importorskip("fsspec")
+        source = FsspecStore.from_url(f"file://{tmp_path}")
+    store = CacheStore(source)
+    packed = pickle.dumps(store)
+    counts = {"stat": 0, "lstat": 0, "readlink": 0, "getcwd": 0}
+
+    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    for name in counts:
+        monkeypatch.setattr(os, name, counted(name, getattr(os, name)))
+    copied = pickle.loads(packed)
+    monkeypatch.undo()
+    assert set(counts.values()) == {0}
+    assert copied._cache is store._cache
 
 
 def test_the_sync_surface_is_there_when_both_stores_have_it() -> None:

@@ -23,6 +23,7 @@ from zcache._index.shared import SharedIndex, breaker_of, find_or_make, keep_whi
 from zcache._runtime import lingering
 from zcache._runtime.buffers import own
 from zcache._source.describe import describe
+from zcache._source.identity import EPHEMERAL
 from zcache._source.location import (
     innermost,
     location_here,
@@ -166,7 +167,7 @@ class _Opening:
         try:
             self._check(shared)
         except CacheOwnershipError as error:
-            if not shared.source_id.is_ephemeral:
+            if not shared.source_id.name.startswith(EPHEMERAL):
                 raise
             lingering.make_way()
             shared = find_or_make(key, self._new_directory)

@@ -18,7 +18,7 @@ from zcache._index.calls import drain_absences
 from zcache._index.handle import ignore
 from zcache._runtime.fork import at_fork
 from zcache._runtime.registry import Registry
-from zcache._source.identity import EPHEMERAL, identify, name_after_fork
+from zcache._source.identity import identify, name_after_fork
 from zcache._source.location import innermost, layers, location_here, unwrapped
 
 if TYPE_CHECKING:
@@ -174,8 +174,7 @@ def _after_fork() -> None:
     _lock = threading.RLock()
     places, _places = _places, weakref.WeakValueDictionary()
     for (name, above), place in places.items():
-        is_ephemeral = name.startswith(EPHEMERAL)
-        _places[name_after_fork(name) if is_ephemeral else name, above] = place
+        _places[name_after_fork(name), above] = place
     # They end in the parent, and the indexes here know of none.
     _changes.clear()
 

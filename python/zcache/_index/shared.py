@@ -24,7 +24,7 @@ from zcache._runtime.fork import at_fork
 from zcache._runtime.registry import Registry
 from zcache._runtime.threads import THREADS, Threads
 from zcache._source.describe import describe
-from zcache._source.identity import same_source
+from zcache._source.identity import EPHEMERAL, same_source
 from zcache._source.urls import redact
 from zcache.exceptions import CacheOwnershipError, IndexLockTimeout
 
@@ -302,7 +302,7 @@ def _show(error: BaseException) -> str:
 
 
 def _named(source: Store, source_id: SourceId) -> str:
-    return describe(source) if source_id.is_ephemeral else source_id.name
+    return describe(source) if source_id.name.startswith(EPHEMERAL) else source_id.name
 
 
 def _apply_limits(shared: Callable[[], SharedIndex | None]) -> None:

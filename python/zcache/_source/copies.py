@@ -7,10 +7,10 @@ import os
 from typing import TYPE_CHECKING, Protocol
 
 from zarr.abc.store import Store
-from zarr.storage import MemoryStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from zcache._source.identity import identify
-from zcache._source.location import held_by, innermost, unwrapped
+from zcache._source.location import held_by, innermost, protocol_of, unwrapped
 
 if TYPE_CHECKING:
     from zcache._source.identity import SourceId
@@ -48,6 +48,20 @@ def without_contents(cache: Store) -> Store:
     emptied = copy.copy(cache)
     vars(emptied)["_store"] = without_contents(inner)
     return emptied
+
+
+def is_equal(one: Store, other: Store) -> bool:
+    """Whether two stores certainly read the same, as their attributes say: nothing is asked where their paths lead."""
+    mine, theirs = unwrapped(one), unwrapped(other)
+    if type(mine) is not type(theirs):
+        return False
+    if type(mine) is LocalStore:
+        return bool(mine.root == theirs.root)
+    if type(mine) is FsspecStore:
+        # Others of a client may ask another server: its environment says which, as it was when they were made.
+        is_one = mine.fs is theirs.fs or (protocol_of(mine.fs) == "file" and mine.fs == theirs.fs)
+        return is_one and mine.path == theirs.path
+    return False
 
 
 def source_of_copy(original: Original, store: Store) -> Store | None:

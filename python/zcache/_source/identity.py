@@ -1,4 +1,4 @@
-"""Which source a store is: named by rules, or by the user, or another one in each process."""
+"""Which source a store is: named by rules, or by the user, or by nothing outside its process and copies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import uuid
 import weakref
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from zarr.storage import FsspecStore, LocalStore, ObjectStore, ZipStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, ZipStore
 
 from zcache._runtime.fork import at_fork
 from zcache._source.answers import ask
@@ -16,11 +16,14 @@ from zcache._source.describe import describe
 from zcache._source.icechunk import REPOSITORY, snapshot_of
 from zcache._source.location import (
     Location,
+    bucket_of,
     held_by,
+    innermost,
     kind_of,
     location_held,
     naming_location,
     outlives_process,
+    protocol_below,
     protocol_of,
     unwrapped,
     zip_path,
@@ -49,7 +52,7 @@ class SourceId(NamedTuple):
     name : str
         Equal for equal data, in every process unless it is ephemeral. Holds no secret.
     given : bool
-        Whether the user has given it, as ``source_id=``.
+        Whether the user has given it, as ``source_id=``, or it has come with a copy.
     """
 
     name: str
@@ -57,7 +60,7 @@ class SourceId(NamedTuple):
 
     @property
     def is_ephemeral(self) -> bool:
-        """Whether the source has this name in this process only."""
+        """Whether the source has got this name in this process, and no other source ever has it."""
         return not self.given and self.name.startswith(EPHEMERAL)
 
 
@@ -78,6 +81,9 @@ def identify(store: Any, source_id: str | None = None) -> SourceId:
         and never asks a server.
     """
     if source_id is not None:
+        if source_id.startswith(EPHEMERAL):
+            # It has come with a copy, and is in use as long as that.
+            _entry(unwrapped(store), source_id)
         return SourceId(source_id, given=True)
     inner = unwrapped(settled(store))
     name = ask(lambda: _name(inner) if is_settled(inner) else None)
@@ -129,11 +135,37 @@ def same_source(one: tuple[Any, SourceId], other: tuple[Any, SourceId]) -> bool:
 # ------------------------------------------------------------------------------- in this process
 
 
+def keeps_values_in_process(store: Any) -> bool:
+    """Whether a store without a name is known to be another source in each process.
+
+    What is written to it stays in its process, or its path leads elsewhere in another one. Of a class of a user's own
+    that is not known: its copies in other processes, forked or unpickled, count as the same source.
+    """
+    return ask(lambda: _keeps_values(innermost(store))) or not _leads_there(unwrapped(store))
+
+
+def _keeps_values(store: Any) -> bool:
+    if isinstance(store, MemoryStore):
+        return True
+    if isinstance(store, FsspecStore):
+        return protocol_below(store) == "memory"
+    if (bucket := bucket_of(store)) is not None:
+        return type(bucket).__name__ == "MemoryStore"
+    is_session = kind_of(store) == ("icechunk.store", "IcechunkStore")
+    return is_session and not store.session.read_only
+
+
+def _leads_there(store: Any) -> bool:
+    known = type(store) is ZipStore or type(store) in _KINDS
+    return not known or ask(lambda: is_settled(store)) is True
+
+
 class _Ephemeral:
     """A name of this process, and the stores that hold what it names."""
 
-    def __init__(self) -> None:
-        self.name = _new_name()
+    def __init__(self, name: str, is_of_process: bool) -> None:
+        self.name = name
+        self.is_of_process = is_of_process
         self.holders: set[int] = set()
         self.said = False
 
@@ -146,13 +178,17 @@ def _new_name() -> str:
 _lock = threading.RLock()
 _known: dict[tuple[Hashable, ...], _Ephemeral] = {}
 _renamed: dict[str, str] = {}
-"""In a forked child, names of its own by those of its parent."""
+"""In a forked child, names of its own by those of its parent, of sources that are others there."""
 
 
-def _entry(store: Any) -> _Ephemeral:
-    """What is known of a source without wrappers that has no name."""
+def _entry(store: Any, name: str | None = None) -> _Ephemeral:
+    """What is known of a source without wrappers that has no name, or only one that has come with it."""
+    if name is None:
+        new = _Ephemeral(_new_name(), keeps_values_in_process(store))
+    else:
+        new = _Ephemeral(name, is_of_process=False)
     # A dict knows no weak references: its address is good as long as one of its stores lives.
-    key, holder, new = held_by(store), id(store), _Ephemeral()
+    key, holder = held_by(store), id(store)
     with _lock:
         entry = _known.get(key, new)
         if holder not in entry.holders:
@@ -185,12 +221,12 @@ def _forget(key: tuple[Hashable, ...], entry: _Ephemeral, holder: int) -> None:
 
 
 def name_after_fork(name: str) -> str:
-    """What a source is called in a forked child that had an ephemeral name in its parent."""
-    return _renamed.setdefault(name, _new_name())
+    """What a source is called in a forked child that had this name in its parent: the same, unless it is another one there."""
+    return _renamed.get(name, name)
 
 
 def _start_over() -> None:
-    """Start with a lock of our own, and as another process: what it does to its memory, no other sees."""
+    """Start with a lock of our own, and with other sources in memory: what this process does to them, no other sees."""
     global _lock
     _lock = threading.RLock()
     _renamed.clear()
@@ -199,7 +235,9 @@ def _start_over() -> None:
             # Another thread was forgetting it.
             del _known[key]
             continue
-        entry.name, entry.said = name_after_fork(entry.name), False
+        if entry.is_of_process:
+            _renamed[entry.name] = entry.name = _new_name()
+            entry.said = False
 
 
 at_fork(_start_over)

@@ -207,6 +207,11 @@ def _below_folders(filesystem: Any, path: str) -> tuple[Any, str]:
     return filesystem, path
 
 
+def protocol_below(store: Any) -> str | None:
+    """What is known of the file system that a store of fsspec reads, below those that only show a folder of it."""
+    return protocol_of(_below_folders(store.fs, store.path)[0])
+
+
 def _in_filesystem(filesystem: Any, path: str) -> Location | None:
     filesystem, path = _below_folders(filesystem, path)
     protocol = protocol_of(filesystem)
