@@ -3,12 +3,12 @@
 #
 #   PYTHON=python3.12   the interpreter of the build and of .venvs/base (default: python3)
 #   ARGS='...'          more arguments for the demo, the benches and the soak, and for pytest in check and test
-#   JOBS=0              how many pytest workers (default 5, for they wait more than they compute; 0: one process, for a
+#   JOBS=0              how many pytest workers (default 4, for they wait more than they compute; 0: one process, for a
 #                       debugger or -s)
 
 PYTHON ?= python3
 CARGO ?= cargo
-JOBS ?= 5
+JOBS ?= 4
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -177,9 +177,9 @@ python-lint: env-both
 	  $$python -m mypy --strict $(TYPED) && $$python -m mypy.stubtest zcache._core)
 
 # Of a test with three or more parameters run so many cases that each two of their values meet; `make soak` runs all.
-# Long runs of what is alike on each Python take place on the newest one. The older one runs six cases of each test.
+# Long runs of what is alike on each Python take place on the newest one. The older one runs four cases of each test.
 if_older = [ $$env = base ] && [ ! -L .venvs/newest ]
-cases = $$(if $(if_older); then echo --without-once --sample 6; else echo --pairs; fi)
+cases = $$(if $(if_older); then echo --without-once --sample 4; else echo --pairs; fi)
 
 # What fails is run once more, for a test of threads and processes may not stand a machine that is busy with others. The
 # summary names each such test; what fails twice, or ends the interpreter, fails.
