@@ -209,14 +209,14 @@ class Cache:
     def meet(self, version: Version, io: IO) -> None:
         """Forget what is outdated where a copy comes that was made after changes that are not known here."""
         handle = self.shared.handle
-        # Those who share an index hear of each other's changes of a source that has one name in all processes.
+        # Processes that share an index hear of each other's changes, if the source has one name in all of them.
         hears = handle.index.shared and not self.is_of_process
         if hears or not self.shared.changes.meet(version):
             return
         handle.call_later(ignore, Index.invalidate, "")
         self.shared.changes.tell("")
         if (self._is_in_memory or handle.index.shared) and not self.backend.needs_loop:
-            # Else what is not served any more stays until there is no room for it.
+            # Otherwise values that are not served any more stay until their room is needed.
             with contextlib.suppress(IndexLockTimeout, CacheUnreachableError):
                 run_without_loop(self.writer.clear(io))
 
@@ -348,7 +348,7 @@ def find_or_make(
 def _arrived(source: Store, cache_store: Store, options: CacheOptions, token: str) -> Cache:
     """The cache of a copy; without room where its cache store is in use for another source.
 
-    Who unpickles it is an executor, say, which an error here would end.
+    It never raises for that: an error here would end an executor that unpickles its task.
     """
     if isinstance(cache_store, SourcePlace):
         cache_store = place_of(source)

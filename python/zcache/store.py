@@ -830,7 +830,7 @@ class CacheStore(Store, KeepsDecoded):
     def __eq__(self, other: object) -> bool:
         """Whether both read and write the same source, whatever they keep and where.
 
-        zarr compares stores so before it overwrites an array with itself: it would be deleted before it is copied.
+        By this zarr refuses to overwrite an array with itself, which would delete it before it is copied.
         """
         if not isinstance(other, CacheStore):
             return NotImplemented

@@ -482,6 +482,38 @@ def test_recording_that_is_left_behind_by_its_writer_is_bounded(
     assert {row["size"] for row in rows} == {"100"}
 
 
+def test_a_full_queue_keeps_no_reader_waiting_while_the_file_is_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "MOST", 0)
+    monkeypatch.setattr(recording, "PAUSE", 3600.0)
+    store = CacheStore(source_of(1))
+    begun, go = threading.Event(), threading.Event()
+    with store.record(path) as made:
+        writer = made._writer
+        finish = writer._finish
+
+        def slow(beside: int | None) -> None:
+            begun.set()
+            assert go.wait(60)
+            finish(beside)
+
+        monkeypatch.setattr(writer, "_finish", slow)
+        closes = threading.Thread(target=made.close)
+        # A reader that was in the middle of a request when the recording ended.
+        reader = threading.Thread(target=lambda: writer.looked_up("a/c/0", None, 100, served=True))
+        closes.start()
+        assert begun.wait(60)
+        reader.start()
+        reader.join(30)
+        is_held_up = reader.is_alive()
+        go.set()
+        closes.join()
+        reader.join()
+    assert not is_held_up
+    assert made.left_out == 1
+
+
 class Awaited(Latch):
     """In the place of one that is waited for without limit."""
 

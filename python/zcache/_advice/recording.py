@@ -250,14 +250,16 @@ class RequestWriter:
         self._path = path_of_recording(path)
         self.shown = redact(self._path)
         self._secret = secrets.token_bytes(32) if anonymous else None
-        # Who closes it may be the handler of a signal, which has interrupted a reader: the thread that is waited for then takes
-        # no lock, and each step of a reader is one of a deque.
+        # The handler of a signal that has interrupted a reader may close it, and waits for the thread that writes. So that takes no
+        # lock of readers, each step of which is one of a deque.
         self._told: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._outcomes = _Outcomes()
         self._warnings: deque[tuple[Any, ...]] = deque()
-        # Guards what follows.
-        self._lock = threading.RLock()
+        # Guards `left_out`; never held over I/O, for readers take it.
+        self._counting = threading.RLock()
         self.left_out = 0
+        # Guards the end, which takes place once.
+        self._ending = threading.RLock()
         self._once = iter((None,))
         self._begun = time.perf_counter()
         self._is_ended, self._has_stopped = Latch(), Latch()
@@ -343,7 +345,7 @@ class RequestWriter:
         if len(self._told) < MOST:
             self._told.append((step, (key, byte_range, _Look(at, hit, outdated))))
         else:
-            with self._lock:
+            with self._counting:
                 self.left_out += 1
 
     def _tell(self, step: Callable[..., None], *args: Any) -> None:
@@ -395,7 +397,7 @@ class RequestWriter:
         """Write what is left, and close the file, once."""
         # Not under the lock, for it may wait for other threads.
         beside = None if self._file.closed else self._beside()
-        with self._lock:
+        with self._ending:
             # The handler of a signal that comes in here leaves it to what it has interrupted.
             for _ in self._once:
                 self._finish(beside)
@@ -492,7 +494,7 @@ class RequestWriter:
     def after_fork(self) -> None:
         """Leave the file to the parent."""
         self._hits.hook.detach(self, self._hits)
-        self._lock, self._is_ended = threading.RLock(), Latch()
+        self._counting, self._ending, self._is_ended = threading.RLock(), threading.RLock(), Latch()
 
 
 # A thread that still writes keeps its own alive.

@@ -140,7 +140,8 @@ def setting(made: dict[str, str], name: str, *variables: str) -> str | None:
     """One option of obstore: given, or from the environment, of which all variables have to agree."""
     if name in made:
         return made[name]
-    found = {value for name, value in os.environ.items() if value and _as_read(name) in variables}
+    environment = os.environ.items()
+    found = {value for given, value in environment if value and _as_read(given) in variables}
     if len(found) > 1:
         raise UnnamedError
     return found.pop() if found else None
