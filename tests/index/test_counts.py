@@ -75,8 +75,8 @@ def test_requests_that_two_readers_leave_out_count_twice(
             writer.looked_up("k", None, 1, served=True)
 
         for step in itertools.count():
-            writer._lock, writer.left_out = NoticedLock(), 0
-            if not meet(put, put, writer._lock, at=step, inside=("looked_up",)):
+            writer._counting, writer.left_out = NoticedLock(), 0
+            if not meet(put, put, writer._counting, at=step, inside=("looked_up",)):
                 break
             assert writer.left_out == 2
         assert step
