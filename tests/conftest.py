@@ -12,6 +12,7 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, settings
 
+import hung  # noqa: F401 - before zcache
 from cases import by_test, pairwise, spread
 from zcache.testing import FakeClock, patient_openings, set_block_size
 

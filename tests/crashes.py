@@ -20,7 +20,6 @@ import struct
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore
 
 import tracing
+from forks import fork, run, wait
 from pools import cache_at
 from support import PROTOTYPE, buf, read, read_through
 from zcache import CacheStore
@@ -92,32 +92,6 @@ def play(what: str, where: Path, *numbers: int, pool: bool = False) -> dict[str,
 
 
 # -------------------------------------------------------------------------- children
-
-
-def child(work: Callable[[], Any]) -> int:
-    """Run `work` in a process of its own."""
-    number = os.fork()
-    if number:
-        return number
-    code = 1
-    try:
-        work()
-        code = 0
-    except BaseException:  # noqa: BLE001 - the parent sees the exit code
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def wait(children: Iterable[int]) -> list[int]:
-    """Exit codes; negative for a signal."""
-    return [os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in children]
-
-
-def run(work: Callable[[], Any]) -> int:
-    return wait([child(work)])[0]
 
 
 def values_of(cache: Path) -> Iterator[tuple[str, os.stat_result]]:
@@ -295,7 +269,7 @@ def kill_at_random(root: Path, kills: int, seconds: float) -> dict[str, Any]:
 
     def start(number: int) -> int:
         seed = dice.randrange(2**32)
-        return child(lambda: load(source, cache, floors, toggled, number, seed))
+        return fork(lambda: load(source, cache, floors, toggled, number, seed))
 
     workers = {number: start(number) for number in range(4)}
     killed, peak, until = 0, 0, time.monotonic() + seconds
@@ -472,7 +446,7 @@ def stop_at_each_call(root: Path) -> dict[str, Any]:
     for step in range(1, 10_000, 3):
         source, cache = set_the_scene(root / f"stop-{step}")
         ready, begin = os.pipe(), os.pipe()
-        other = child(functools.partial(work_on, source, cache, ready[1], begin[0]))
+        other = fork(functools.partial(work_on, source, cache, ready[1], begin[0]))
         assert os.read(ready[0], 1)
         with tracing.Traced(functools.partial(scene, source, cache), step) as traced:
             code = traced.go()
@@ -572,7 +546,7 @@ def share_a_bound(root: Path) -> dict[str, int]:
         asyncio.run(reads())
         assert store.cache_stats()["evictions"]
 
-    workers = [child(lambda number=number: work(number)) for number in range(4)]
+    workers = [fork(lambda number=number: work(number)) for number in range(4)]
     peak, looks = 0, 0
     while workers:
         size = blocks_at_one_instant(cache, workers) if POOL else size_at_one_instant(cache)
@@ -614,7 +588,7 @@ def epochs(root: Path) -> dict[str, Any]:
 
             asyncio.run(all_of_them())
 
-        codes = wait([child(lambda n=n: work(dealt[n::4])) for n in range(4)])  # noqa: B023
+        codes = wait([fork(lambda n=n: work(dealt[n::4])) for n in range(4)])  # noqa: B023
         assert codes == [0] * 4
         log = reads_of(source)
         reads.append({"all": len(log), "most": max(map(log.count, keys))})
@@ -652,7 +626,7 @@ def forks(root: Path) -> dict[str, Any]:
             os.write(tell, b"!")
             time.sleep(60)
 
-        worker = child(functools.partial(in_child, store))
+        worker = fork(functools.partial(in_child, store))
         try:
             assert os.read(told, 1) == b"!"
             # What the child wrote is seen here.

@@ -25,6 +25,7 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteReques
 from zarr.storage import LocalStore, MemoryStore
 
 from directories import open_store
+from forks import run
 from interrupting import Interrupter
 from pools import CACHES
 from support import (
@@ -565,16 +566,13 @@ def test_recording_may_be_closed_by_the_handler_of_a_signal_anywhere_in_a_read(
 
 def test_recording_in_a_forked_child_is_the_parents(path: Path) -> None:
     store = CacheStore(source_of(3))
+
+    def child() -> None:
+        assert value_sync(store, "a/c/1") == bytes(100)
+
     with store.record(path):
         value_sync(store, "a/c/0")
-        child = os.fork()
-        if not child:
-            try:
-                found = value_sync(store, "a/c/1")
-                os._exit(0 if found == bytes(100) else 1)
-            finally:
-                os._exit(2)
-        assert os.waitpid(child, 0)[1] == 0
+        assert run(child) == 0
         value_sync(store, "a/c/2")
     assert [row["key"] for row in rows_of(path)] == ["a/c/0", "a/c/2"]
 

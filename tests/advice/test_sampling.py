@@ -15,6 +15,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from agent import Agent
 from directories import INDEX, closed, complete, open_store
+from forks import run
 from pools import CACHES, STORES
 from support import (
     PROTOTYPE,
@@ -371,12 +372,9 @@ def test_forked_child_samples_on(tmp_path: Path) -> None:
     (tmp_path / "source" / "a").write_bytes(b"1234")
     store, _ = open_store(tmp_path)
     assert asyncio.run(read_through(store, "a")) == b"1234"
-    child = os.fork()
-    if not child:
-        try:
-            found = asyncio.run(read(store, "a"))
-            os._exit(0 if found == b"1234" else 1)
-        finally:
-            os._exit(2)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def child() -> None:
+        assert asyncio.run(read(store, "a")) == b"1234"
+
+    assert run(child) == 0
     assert list(trace_of(store).hits) == [False, True]

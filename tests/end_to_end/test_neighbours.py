@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from zarr.storage import LocalStore, MemoryStore
 
+from forks import fork, run
 from support import buf, check_quiet, drained, quiet, read
 from zcache import CacheStore
 from zcache.testing import hold_index_lock
@@ -101,14 +102,12 @@ def test_directory_removed_and_used_for_another_source_each_reads_its_own(
     assert other.communicate(timeout=LONGEST)[0].strip() == str(OTHERS)
     if how == "the same store":
         assert asyncio.run(all_of(store)) == MINE
-    elif (child := os.fork()) == 0:
-        code = 1
-        try:
-            code = int(asyncio.run(all_of(store)) != MINE)
-        finally:
-            os._exit(code)
     else:
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+        def child() -> None:
+            assert asyncio.run(all_of(store)) == MINE
+
+        assert run(child) == 0
     again = start(tmp_path, "print(asyncio.run(read_all(open_store('source-b'))))")
     assert again.communicate(timeout=LONGEST)[0].strip() == str(OTHERS)
 
@@ -143,10 +142,7 @@ def test_fork_while_a_thread_waits_for_the_lock_keeps_no_lock(tmp_path: Path) ->
     writer = threading.Thread(target=lambda: asyncio.run(store.set("k1", buf(b"new"))))
     writer.start()
     time.sleep(0.2)  # Until it waits, which cannot be seen from here.
-    child = os.fork()
-    if child == 0:
-        signal.pause()
-        os._exit(0)
+    child = fork(signal.pause)
     try:
         assert lock.release()
         writer.join(LONGEST)

@@ -20,6 +20,7 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from directories import flip, is_in_use
 from doubles import GatedStore, SyncDictStore, WatchedDict, reached
+from forks import run
 from pools import CACHES, ON_DISK
 from support import buf, check_quiet, fill, logged, read, read_through
 from zcache import CacheOwnershipError, CachePool, CacheStore
@@ -431,18 +432,14 @@ def test_they_have_one_index_in_a_forked_child_too() -> None:
     cache, source = Elsewhere(), SyncDictStore({"a": b"1"})
     one, other = (CacheStore(source, cache_store=cache) for _ in range(2))
     sync(read_through(one, "a"))
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            assert one.cache_info()["cached_keys"] == other.cache_info()["cached_keys"]
-            # A thread's own way, for the event loop of zarr stayed with the parent.
-            assert one.get_sync("a").to_bytes() == b"1"
-            assert shares_index(other, one)
-            code = 0
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def child() -> None:
+        assert one.cache_info()["cached_keys"] == other.cache_info()["cached_keys"]
+        # A thread's own way, for the event loop of zarr stayed with the parent.
+        assert one.get_sync("a").to_bytes() == b"1"
+        assert shares_index(other, one)
+
+    assert run(child) == 0
     assert other.cache_info()["cached_keys"] == 1
     assert_shared(one, other)
 

@@ -19,6 +19,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from agent import Agent
 from directories import open_store
+from forks import run
 from pools import CACHES, one_of
 from support import buf, check_quiet, fill, read, read_through, threads, until, value_sync
 from zcache import CachePool, CacheStore, OptionTypeError
@@ -671,8 +672,9 @@ async def test_writes_of_planned_keys_are_read(cache: Store | CachePool) -> None
 def test_forked_child_has_no_plan() -> None:
     store = CacheStore(source_of(), max_size=30)
     store.will_read(keys_of([0, 1, 2]))
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0 if plan_of(store) is None else 1)
-    assert os.waitpid(pid, 0)[1] == 0
+
+    def child() -> None:
+        assert plan_of(store) is None
+
+    assert run(child) == 0
     assert plan_of(store) == "followed"

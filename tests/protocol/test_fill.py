@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 from zarr.abc.store import RangeByteRequest, Store
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
+import forks
 from doubles import SyncDictStore, WatchedStore
 from pools import pool_with_neighbours
 from support import (
@@ -687,19 +687,6 @@ def _paths() -> list[str]:
 # ---------------------------------------------------------------------------------- forks
 
 
-def forked(holds: Callable[[], bool]) -> bool:
-    """Whether something holds in a forked child."""
-    child = os.fork()
-    if not child:
-        code = 2
-        try:
-            signal.alarm(60)
-            code = 0 if holds() else 1
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 @pytest.mark.parametrize("way", ["async", "sync"])
@@ -708,31 +695,28 @@ def test_a_forked_child_has_none_of_the_pending_fills(
 ) -> None:
     gate = cache.block("set")
 
-    def child() -> bool:
+    def child() -> None:
         # The parent's event loop and threads do not run here.
         cache.heal()
-        steps = [
-            store.drain_sync(timeout=0),
-            in_flight(store) == (0, 0),
-            stored_sizes(store) == {},
-            value_sync(store) == VALUE,
-            source.calls["get"] == 2,
-            store.drain_sync(),
-            stored_sizes(store) == {"k": len(VALUE)},
-        ]
-        return all(steps)
+        assert store.drain_sync(timeout=0)
+        assert in_flight(store) == (0, 0)
+        assert stored_sizes(store) == {}
+        assert value_sync(store) == VALUE
+        assert source.calls["get"] == 2
+        assert store.drain_sync()
+        assert stored_sizes(store) == {"k": len(VALUE)}
 
     if way == "sync":
         assert value_sync(store) == VALUE
         gate.wait_entered()
-        assert forked(child)
+        assert forks.run(child) == 0
     else:
 
         async def run() -> None:
             assert await read(store, "k") == VALUE
             await gate.entered_async()
             # In a thread: the child of a thread has no event loop.
-            assert await asyncio.to_thread(forked, child)
+            assert await asyncio.to_thread(forks.run, child) == 0
             gate.release()
             assert await store.drain()
 
@@ -750,12 +734,13 @@ def test_a_forked_child_of_a_process_that_fills_a_directory(tmp_path: Path) -> N
     for key in source.values:
         assert value_sync(store, key) == VALUE * 1000
 
-    def child() -> bool:
-        idle = store.drain_sync(timeout=10)
-        same = all(value_sync(store, key) == VALUE * 1000 for key in source.values)
-        return idle and same and store.drain_sync()
+    def child() -> None:
+        assert store.drain_sync(timeout=10)
+        for key in source.values:
+            assert value_sync(store, key) == VALUE * 1000
+        assert store.drain_sync()
 
-    assert forked(child)
+    assert forks.run(child) == 0
     check_quiet_sync(store)
     assert source.counts["get"] == 200
 

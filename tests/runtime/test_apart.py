@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import threading
 
 import pytest
 
+from forks import run
 from support import threads
 from zcache._runtime.apart import OneForEach
 
@@ -137,18 +137,15 @@ def test_forked_child_waits_for_nothing_that_its_parent_makes() -> None:
         assert go.wait(60)
         return Thing()
 
+    def child() -> None:
+        with threads(lambda: each.find_or_make("one", Thing)):
+            pass
+
     with threads(lambda: each.find_or_make("one", make)) as made:
         assert is_begun.wait(60)
         # As a thread that finds one has it, for a moment.
         with each._lock:
-            child = os.fork()
-            if not child:
-                signal.alarm(60)
-                other = threading.Thread(target=each.find_or_make, args=("one", Thing))
-                other.start()
-                other.join()
-                os._exit(0)
-        status = os.waitpid(child, 0)[1]
+            code = run(child)
         go.set()
-    assert status == 0
+    assert code == 0
     assert each.get("one") is made[0]

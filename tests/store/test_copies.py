@@ -7,12 +7,10 @@ import copy
 import gc
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ import pytest
 from zarr.storage import FsspecStore, LocalStore, LoggingStore, MemoryStore, WrapperStore
 
 from doubles import DictStore, GatedStore, SyncDictStore
+from forks import fork, wait
 from support import buf, check_quiet_sync, drained, read, read_through, said
 from zcache import CacheStore
 from zcache.store import _OWN
@@ -308,28 +307,6 @@ LONGEST = 60
 MAX_SIZE = 300
 
 
-def fork(task: Callable[[], None]) -> int:
-    """Fork, do something there, and leave at once. The number of the child."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        signal.alarm(LONGEST)
-        task()
-        status = 0
-    except BaseException:  # noqa: BLE001 - the parent sees the status
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def failed(children: list[int]) -> int:
-    """How many of these children have failed."""
-    return sum(os.waitpid(child, 0)[1] != 0 for child in children)
-
-
 def work(store: CacheStore, source: SyncDictStore) -> None:
     """Use every kind of operation at once, on both surfaces, and compare with the source."""
 
@@ -414,18 +391,18 @@ def fork_while_busy(kind: str, where: str) -> None:
     others = [threading.Thread(target=busy, args=(number,)) for number in range(6)]
     for thread in others:
         thread.start()
-    count = 0
+    codes: list[int] = []
     try:
         for _ in range(8):
             time.sleep(0.002)
-            count += failed([fork(lambda: work(store, source)) for _ in range(10)])
+            codes += wait([fork(lambda: work(store, source)) for _ in range(10)])
     finally:
         stop.set()
         for thread in others:
             thread.join()
     work(store, source)
     assert not errors
-    assert count == 0
+    assert not any(codes)
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -449,7 +426,7 @@ def test_a_forked_child_goes_on_with_a_cache_in_memory_and_no_flights() -> None:
         check_quiet_sync(store)
         assert store.cache_info()["current_size"] == 9
 
-    assert failed([fork(check)]) == 0
+    assert wait([fork(check)]) == [0]
     source.release()
     thread.join()
     assert asyncio.run(read(store, "slow")) == b"slow"
@@ -481,7 +458,7 @@ async def test_a_forked_child_that_ends_inherited_coroutines_changes_nothing(
             coroutine.close()
         assert len(said(caplog)) == logged
 
-    assert failed([fork(end)]) == 0
+    assert wait([fork(end)]) == [0]
     source.release()
     cache.release()
     await task

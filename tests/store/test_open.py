@@ -28,6 +28,7 @@ from zarr.storage import LocalStore, MemoryStore, ZipStore
 
 import zcache
 from directories import closed
+from forks import fork, wait
 from support import (
     TESTS,
     buf,
@@ -818,19 +819,16 @@ def test_code_of_others_that_waits_for_another_opening_is_not_waited_for(
 def test_child_that_was_forked_opens_too(source: Path, cache: Path, where: str) -> None:
     place: Any = cache if where == "directory" else "memory"
     store = zcache.open(source, cache=place)
+
+    def child() -> None:
+        found = zcache.open(source, cache=place)
+        assert asyncio.run(read_through(found, "k")) == b"value of k"
+        assert found.max_size == store.max_size
+
     # Another thread of the parent may be about to open one.
     with OPEN._lock:
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                found = zcache.open(source, cache=place)
-                assert asyncio.run(read_through(found, "k")) == b"value of k"
-                assert found.max_size == store.max_size
-                code = 0
-            finally:
-                os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        number = fork(child)
+    assert wait([number]) == [0]
     assert asyncio.run(read_through(store, "k")) == b"value of k"
 
 

@@ -17,6 +17,7 @@ from zarr.abc.store import RangeByteRequest
 
 from directories import closed
 from doubles import SyncDictStore
+from forks import run
 from pools import cache_at
 from support import PROTOTYPE, buf, listed, read
 from zcache import CachePool, CacheStore
@@ -168,17 +169,14 @@ async def test_child_of_who_has_found_the_volume_full_fills_it_once_it_is_not(sm
     behind = source()
     store = open_store(where, behind)
     await behind.inner.set("b", buf(b"more"))
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            fresh = threading.Thread(target=lambda: asyncio.run(child_fills(small, store)))
-            fresh.start()
-            fresh.join()
-            code = 0 if store.is_cached("b") else 2
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0  # noqa: ASYNC222
+
+    def child() -> None:
+        fresh = threading.Thread(target=lambda: asyncio.run(child_fills(small, store)))
+        fresh.start()
+        fresh.join()
+        assert store.is_cached("b")
+
+    assert run(child) == 0
     await until_cached(store, "b")
 
 

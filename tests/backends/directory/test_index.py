@@ -8,15 +8,15 @@ import gc
 import logging
 import os
 import shutil
-import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 
-from crashes import as_if_inside, child, wait
+from crashes import as_if_inside
 from directories import INDEX, INDEX_FILES, closed, complete, open_store, reads, sizes_in
+from forks import fork, wait
 from support import buf, check_quiet, drained, fill, logged, read, read_through, until, write
 from zcache._backends.directory import files, index
 from zcache._core import Index
@@ -394,7 +394,7 @@ def test_fork_frames_hold_the_index_of_the_parent_its_lock_is_let_go(tmp_path: P
         os.write(tell, b"!")
         os.read(stay, 1)
 
-    worker = child(work)
+    worker = fork(work)
     try:
         assert os.read(told, 1) == b"!"
         del store, kept
@@ -416,14 +416,5 @@ async def test_child_that_is_forked_while_a_bound_is_enforced_waits_for_no_threa
     monkeypatch.setattr("zcache._backends.directory.bound.BOUND_PATIENCE", 3600)
     # As while a thread of this process evicts.
     store._cache.shared.place._bound._kept = threading.Event()
-    process = os.fork()
-    if not process:
-        # Ends it, if it hangs.
-        signal.alarm(60)
-        code = 1
-        try:
-            open_store(tmp_path)
-            code = 0
-        finally:
-            os._exit(code)
-    assert (await asyncio.to_thread(os.waitpid, process, 0))[1] == 0
+    process = fork(lambda: open_store(tmp_path))
+    assert await asyncio.to_thread(wait, [process]) == [0]

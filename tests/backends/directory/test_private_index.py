@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import traceback
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
+from forks import run
 from mounts import mounted_read_only
 from pools import ON_DISK
 from support import buf, drained, listed, read, until
@@ -81,17 +80,7 @@ def place_of(store: CacheStore) -> Any:
 
 def in_child(work: Callable[[], Awaitable[object]]) -> None:
     """Do this in a forked child."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            asyncio.run(work())  # type: ignore[arg-type]
-            code = 0
-        except BaseException:  # noqa: BLE001 - whatever it is, the parent's report shows it
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert run(lambda: asyncio.run(work())) == 0  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------- what is never written

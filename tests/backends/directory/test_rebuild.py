@@ -21,6 +21,7 @@ import pytest
 from zarr.storage import LocalStore
 
 from directories import complete
+from forks import fork, run
 from support import check_quiet, read
 from zcache import CacheStore
 from zcache._backends.directory import files, layout, rebuild
@@ -220,10 +221,7 @@ def test_fork_while_another_thread_opens_keeps_no_lock(
     opening = threading.Thread(target=lambda: opened.append(open_store(where)))
     opening.start()
     assert walks.wait(LONGEST)
-    child = os.fork()
-    if child == 0:
-        signal.pause()
-        os._exit(0)
+    child = fork(signal.pause)
     try:
         go.set()
         opening.join()
@@ -245,16 +243,12 @@ def test_rebuild_of_a_forked_child_that_stops_goes_on_whatever_its_parent_does(
     walks, go = hold_walks(monkeypatch)
     store = open_store(where)
     assert walks.wait(LONGEST)
-    child = os.fork()
-    if child == 0:
-        is_filled = False
-        try:
-            is_filled = starts_over_and_fills(store, go)
-        finally:
-            os._exit(0 if is_filled else 1)
+
+    def child() -> None:
+        assert starts_over_and_fills(store, go)
+
     try:
-        _, status = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
+        assert run(child) == 0
     finally:
         go.set()
 

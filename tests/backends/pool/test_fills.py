@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import os
-import signal
 import threading
 import time
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from forks import fork, wait
 from pools import source_of
 from support import drained, drained_sync, read, said, value_sync
 from zcache import CachePool, CacheStore
@@ -284,23 +283,16 @@ def test_child_that_was_forked_while_a_thread_had_the_queue_fills(tmp_path: Path
             has_it.set()
             ends.wait()
 
+    def child() -> None:
+        store = opened(pool, "new")
+        assert value_sync(store, "k") == VALUE
+        assert store.drain_sync(5)
+        assert store.is_cached("k")
+
     thread = threading.Thread(target=hold)
     thread.start()
     has_it.wait()
-    child = os.fork()
-    if not child:
-        code = 1
-        # It ends even where it waits for a lock.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(20)
-        try:
-            store = opened(pool, "new")
-            assert value_sync(store, "k") == VALUE
-            assert store.drain_sync(5)
-            assert store.is_cached("k")
-            code = 0
-        finally:
-            os._exit(code)
+    number = fork(child)
     ends.set()
     thread.join()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert wait([number]) == [0]

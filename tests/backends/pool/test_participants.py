@@ -13,6 +13,7 @@ from zarr.storage import MemoryStore
 
 from agent import Agent
 from directories import closed, complete, open_store
+from forks import run
 from pools import NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours, source_of
 from support import TESTS, buf, check_quiet, read, read_through, until, write
 from zcache import CachePool, CacheStore
@@ -163,7 +164,8 @@ def test_forked_child_opens_segments_for_itself(tmp_path: Path) -> None:
     pool = CachePool(tmp_path)
     scanner = pool._pool.directory.layout.scanner  # type: ignore[union-attr]
     files = scanner.files
-    child = os.fork()
-    if not child:
-        os._exit(scanner.files is files)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def child() -> None:
+        assert scanner.files is not files
+
+    assert run(child) == 0

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import zcache
-from crashes import child as process_of
-from crashes import wait
+from forks import fork as process_of
+from forks import wait
 from pools import POOL_PATHS, one_of, source_of
 from support import check_quiet, fill
 from zcache import CachePool, CacheStore, OptionTypeError, OptionValueError

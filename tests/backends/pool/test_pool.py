@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from zarr.storage import LocalStore, MemoryStore
 
+import forks
 import tracing
 import zcache
 from directories import closed, usage
@@ -165,20 +166,13 @@ def test_child_that_was_forked_keeps_what_its_stores_have_in_a_pool_in_memory() 
     store = CacheStore(MemoryStore(), cache_store=pool)
     store.set_sync("k", buf(b"1"))
 
-    def in_child() -> bool:
+    def child() -> None:
         held = pool.cache_info()["entries"]
         other = CacheStore(MemoryStore(), cache_store=pool)
         other.set_sync("k", buf(b"2"))
-        return pool.cache_info()["entries"] == held + 1
+        assert pool.cache_info()["entries"] == held + 1
 
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            code = 0 if in_child() else 2
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert forks.run(child) == 0
 
 
 async def test_listing_of_a_source_has_its_own_keys_only(where: Path | None) -> None:
@@ -398,6 +392,11 @@ async def test_opening_with_a_smaller_bound_returns_when_the_disk_holds_no_more(
     assert await store.drain()
     assert usage(path) > 10 * bound
     kept: list[object] = []
+
+    def smaller() -> None:
+        CachePool(path, max_size=bound)
+        assert usage(path) <= bound
+
     if who == "store":
         kept += [CacheStore(source_of(), cache_store=pool, source_id="2", max_size=bound)]
     elif who == "pool":
@@ -411,13 +410,9 @@ async def test_opening_with_a_smaller_bound_returns_when_the_disk_holds_no_more(
             check=True,
         )
         assert int(done.stdout) <= bound
-    elif not (child := os.fork()):
-        try:
-            CachePool(path, max_size=bound)
-        finally:
-            os._exit(usage(path) > bound)
     else:
-        assert (await asyncio.to_thread(os.waitpid, child, 0))[1] == 0
+        child = forks.fork(smaller)
+        assert await asyncio.to_thread(forks.wait, [child]) == [0]
     assert usage(path) <= bound
     assert pool.cache_info()["current_size"] <= bound
     await check_quiet(store)
@@ -931,17 +926,13 @@ def test_child_that_was_forked_uses_the_pool_as_a_participant_of_its_own(tmp_pat
         await write(store, name, name.encode())
         assert await read(store, name) == name.encode()
 
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            asyncio.run(use("child"))
-            check_invariants(store)
-            code = 0
-        finally:
-            os._exit(code)
+    def in_child() -> None:
+        asyncio.run(use("child"))
+        check_invariants(store)
+
+    child = forks.fork(in_child)
     asyncio.run(use("parent"))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert forks.wait([child]) == [0]
     asyncio.run(check_neighbour(store, NEIGHBOURS[0]))
 
 
