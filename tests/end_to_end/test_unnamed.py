@@ -11,15 +11,17 @@ import os
 import pickle
 import subprocess
 import sys
-import traceback
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import zarr
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
+from forks import fork, run, wait
 from support import TESTS, buf, read, read_through, write
 from zcache import CachePool, CacheStore, with_decoded_cache
+from zcache._source import identity
+from zcache._source.identity import identify
 from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
@@ -72,24 +74,18 @@ def another(where: Path) -> Any:
 def forked(task: Callable[[Any], None]) -> Iterator[Any]:
     """A forked child that does this with its end of a pipe; what is given is the other end."""
     ours, theirs = multiprocessing.Pipe()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            ours.close()
-            task(theirs)
-            code = 0
-        except BaseException:  # noqa: BLE001 - the parent sees the status
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
+
+    def work() -> None:
+        ours.close()
+        task(theirs)
+
+    child = fork(work)
     theirs.close()
     try:
         yield ours
     finally:
         ours.close()
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert wait([child]) == [0]
 
 
 def told(end: Any) -> Any:
@@ -132,6 +128,32 @@ def test_forked_child_has_a_source_of_its_own(
     assert store.is_cached("a")
     assert store.is_cached("b")
     assert store._cache.source_id.name == name
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_garbage_leaves_no_source_in_a_forked_child_the_name_of_its_parents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may be collected at any step, so that a source ends while others are named anew."""
+    first, garbage, last = (MemoryStore() for _ in range(3))
+    before = [identify(one).name for one in (first, garbage, last)]
+    garbage.itself = garbage  # type: ignore[attr-defined]
+    del garbage
+    new_name = identity._new_name
+
+    def new_name_and_garbage() -> str:
+        if gc.isenabled():
+            gc.collect()
+        return new_name()
+
+    monkeypatch.setattr(identity, "_new_name", new_name_and_garbage)
+
+    def child() -> None:
+        assert identify(first).name not in before
+        assert identify(last).name not in before
+
+    assert run(child) == 0
 
 
 @needs_fork

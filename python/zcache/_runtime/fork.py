@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING
 
@@ -18,20 +19,28 @@ def at_fork(callback: Callable[[], None]) -> None:
     ----------
     callback : callable
         Takes nothing and must not raise; if it does, Python shows the error, and all others run. It runs before
-        anything else in the child, and must not wait for a lock that another thread of the parent may have held.
+        anything else in the child, the garbage collector included, and must not wait for a lock that another thread
+        of the parent may have held.
     """
     _callbacks.append(callback)
 
 
 def _run() -> None:
     errors = []
-    for callback in _callbacks:
-        try:
-            callback()
-        except Exception as error:  # noqa: BLE001 - the locks of all others have to be made anew all the same
-            errors.append(error)
+    is_collecting = gc.isenabled()
+    # It would end objects that wait for locks of the parent, or that a callback goes through.
+    gc.disable()
+    try:
+        for callback in _callbacks:
+            try:
+                callback()
+            except BaseException as error:  # noqa: BLE001 - the locks of all others have to be made anew all the same
+                errors.append(error)
+    finally:
+        if is_collecting:
+            gc.enable()
     if errors:
-        raise ExceptionGroup("in a forked child", errors)  # Python shows it, and goes on.
+        raise BaseExceptionGroup("in a forked child", errors)  # Python shows it, and goes on.
 
 
 os.register_at_fork(after_in_child=_run)
