@@ -271,9 +271,9 @@ def starts_over_and_fills(store: CacheStore, go: threading.Event) -> bool:
         directory.handle.index.mark_corrupt()
     recovery.start_over("it was damaged")
     assert not is_complete(store)
-    recovery._last_reclaim = 0.0
-    recovery.reclaim_dead()
     until = time.monotonic() + LONGEST / 4
     while not is_complete(store) and time.monotonic() < until:
+        recovery._last_reclaim = 0.0  # The lock may have been taken at the last one.
+        recovery.reclaim_dead()
         time.sleep(0.01)
     return is_complete(store)
