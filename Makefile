@@ -22,6 +22,8 @@ endif
 # The tests of `make test` are about the installed wheel: the caller's environment must not put another zcache, or another
 # interpreter, in its place.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
+# Images of containers set it. Each of the hundreds of processes that tests start would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 export PYTHONNOUSERSITE := 1
 # CI has no terminal to answer on.
 export PIP_NO_INPUT := 1
