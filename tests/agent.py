@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import io
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import threading
+import traceback
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from zarr.storage import LocalStore
@@ -29,6 +34,7 @@ from zcache.testing import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
     from pathlib import Path
 
     from zcache.testing import Gate
@@ -49,6 +55,64 @@ def spawned(pickled: bytes, key: str) -> tuple[bytes | None, int, int | None]:
     asyncio.run(store.set("b", buf(b"by a worker")))
     assert store.drain_sync()
     return value, hits, index_slot(store)
+
+
+def start_reader() -> tuple[Connection, BaseProcess]:
+    """Start a process that reads each array that it gets by pickle, until it gets nothing.
+
+    It answers with the values, and how many of their chunks were decoded already.
+    """
+    ours, theirs = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(target=_read_arrays, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return ours, process
+
+
+def _read_arrays(connection: Connection) -> None:
+    while pickled := connection.recv_bytes():
+        array = pickle.loads(pickled)
+        before = array.store.cache_stats()["decoded_hits"]
+        values = array[:].tolist()
+        connection.send((values, array.store.cache_stats()["decoded_hits"] - before))
+        del array
+        gc.collect()
+
+
+def run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Do what ``python -c`` does, without the time that imports take; functions for the exit are not called."""
+    ours, theirs = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(
+        target=_run, args=(theirs, script, arguments, dict(os.environ)), daemon=True
+    )
+    process.start()
+    theirs.close()
+    try:
+        code, out, err = ours.recv()
+    except EOFError:
+        code, out, err = None, "", "it has died"
+    process.join()
+    return subprocess.CompletedProcess(script, process.exitcode if code is None else code, out, err)
+
+
+def _run(
+    result: Connection, script: str, arguments: tuple[str, ...], environment: Mapping[str, str]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    # A user that it becomes may not be let into this one.
+    os.chdir("/")
+    sys.argv = ["-c", *arguments]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:  # noqa: BLE001 - as the interpreter does with what nothing catches
+            code = 1
+            traceback.print_exc()
+    result.send((code, out.getvalue(), err.getvalue()))
 
 
 class Agent:

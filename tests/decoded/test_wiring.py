@@ -23,6 +23,7 @@ from zarr.core.codec_pipeline import BatchedCodecPipeline
 from zarr.registry import get_pipeline_class, register_pipeline
 from zarr.storage import FsspecStore, LocalStore, LoggingStore, MemoryStore, WrapperStore
 
+from agent import start_reader
 from decoding import ROOM
 from support import until
 from zcache import CacheStore, DecodedCodecPipeline, with_decoded_cache
@@ -346,27 +347,13 @@ def test_next_copy_sees_what_was_written_while_there_was_none(kind: str, tmp_pat
     assert pickle.loads(pickled)[2] == 50
 
 
-def _answer(connection: Any) -> None:
-    """Read an array as often as it comes, each time by a copy of its own."""
-    while pickled := connection.recv_bytes():
-        array = pickle.loads(pickled)
-        before = array.store.cache_stats()["decoded_hits"]
-        values = array[:].tolist()
-        connection.send((values, array.store.cache_stats()["decoded_hits"] - before))
-        del array
-        gc.collect()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_copy_that_is_sent_after_a_change_is_not_served_what_was_before(
     kind: str, tmp_path: Path
 ) -> None:
     array = _array(kind, tmp_path)
     values = list(range(8))
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    worker: Any = context.Process(target=_answer, args=(theirs,), daemon=True)
-    worker.start()
+    ours, worker = start_reader()
 
     def ask() -> Any:
         ours.send_bytes(pickle.dumps(array))

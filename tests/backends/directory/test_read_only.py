@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from zarr.storage import LocalStore, MemoryStore
 
+from agent import run_script
 from directories import closed
 from mounts import mounted_read_only
 from pools import CACHES, ON_DISK, within_bound
@@ -439,8 +440,7 @@ def as_somebody(where: Path, *how: str) -> subprocess.CompletedProcess[str]:
         pytest.skip("only root can become another user")
     open_to_all(where)
     before = contents(where)
-    command = [sys.executable, "-c", _AS_SOMEBODY, str(where), *how]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_script(_AS_SOMEBODY, str(where), *how)
     assert contents(where) == before
     return done
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import platform
-import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
+
+from agent import run_script
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,12 +96,7 @@ def in_sandbox(names: str, error: int, cache: Path, elsewhere: Path | None = Non
     """Source reads of 40 reads of 20 keys, values that are cached then, and failures of the cache."""
     numbers = [CALLS[name] for name in names.split()]
     given = [numbers, error, str(cache), elsewhere and str(elsewhere)]
-    done = subprocess.run(
-        [sys.executable, "-c", _IN_SANDBOX, json.dumps(given)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script(_IN_SANDBOX, json.dumps(given))
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     if outcome == "no seccomp":

@@ -22,6 +22,7 @@ from zarr.storage import LocalStore, MemoryStore
 import forks
 import tracing
 import zcache
+from agent import run_script
 from directories import closed, usage
 from mounts import formatted
 from pools import (
@@ -731,15 +732,7 @@ print(found, stats["hits"], stats["cache_failures"])
 
 def member(path: Path, user: int, mode: str, *keys: str) -> subprocess.CompletedProcess[str]:
     """Use a pool as a user of its group."""
-    return subprocess.run(
-        [sys.executable, "-c", MEMBER, str(path), str(user), mode, *keys],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
-        cwd=path.anchor,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_script(MEMBER, str(path), str(user), mode, *keys)
 
 
 @pytest.mark.slow
