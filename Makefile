@@ -30,6 +30,10 @@ export PIP_NO_INPUT := 1
 
 # In CI a Cargo.lock that does not fit Cargo.toml is an error; elsewhere cargo updates it and git shows the change.
 LOCKED := $(if $(CI),--locked)
+# It compiles each checkout once, which is slower where a second time is prepared.
+ifdef CI
+export CARGO_INCREMENTAL := 0
+endif
 # An absolute path, because pyo3's build script runs somewhere below target/. One fixed interpreter also keeps cargo from
 # rebuilding pyo3 when `python3` changes its meaning.
 WITH_PYTHON := PYO3_PYTHON='$(CURDIR)/.venvs/build/bin/python'
@@ -148,13 +152,14 @@ env-both: $(if $(AT_ONCE),env-build)
 env-newest:
 	@'$(PYTHON)' scripts/envs.py newest
 
+# Without the feature only the library is another one: tests and benches are those that were checked.
 .PHONY: rust-lint
 rust-lint: env-build
 	$(call section,rustfmt$(comma) clippy$(comma) rustdoc)
 	$(CARGO) fmt --check
 	CARGO='$(CARGO)' '$(PYTHON)' scripts/notices.py --check
-	$(WITHOUT_PYTHON) $(CARGO) clippy $(LOCKED) --quiet --all-targets -- -D warnings
 	$(WITH_PYTHON) $(CARGO) clippy $(LOCKED) --quiet --all-targets --features python -- -D warnings
+	$(WITHOUT_PYTHON) $(CARGO) clippy $(LOCKED) --quiet --lib -- -D warnings
 	$(WITHOUT_PYTHON) RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(LOCKED) --quiet --no-deps --document-private-items
 
 # --lib --bins --tests leaves out the benches: nextest cannot list them, and each one runs once by name below.
