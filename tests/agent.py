@@ -1,4 +1,4 @@
-"""Another process on the same cache directory, which does what a test tells it to.
+"""Other processes, which do what a test tells them to; an agent is one on the same cache directory.
 
 All of them are forked from one process that has imported zarr and never uses a cache: the import takes longer than most tests.
 """
