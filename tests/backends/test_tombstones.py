@@ -252,8 +252,11 @@ async def test_listed_store_value_written_in_part_is_never_served(tmp_path: Path
     assert (tmp_path / "cache/k").read_bytes() == b"0123456789"
 
 
+@pytest.mark.parametrize(
+    "pause", [0.02, 0.1]
+)  # seconds; the second is longer than all together may take
 async def test_listed_store_no_change_waits_for_all_tombstones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pause: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = StoreDouble(remote(tmp_path))
     store = await over(tmp_path, cache)
@@ -262,7 +265,7 @@ async def test_listed_store_no_change_waits_for_all_tombstones(
         await write(store, key, b"0123456789")
     monkeypatch.setattr("zcache._backends.store.backend.DELETE_TIMEOUT", 0.05)
     cache.fail("delete", OSError(5, "no"))
-    cache.delay("set", 0.02)
+    cache.delay("set", pause)
     await store.delete_dir("d")
     assert len(marks_of(tmp_path, DROPPED)) < len(keys)
     # They are written all the same.

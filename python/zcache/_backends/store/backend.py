@@ -226,24 +226,25 @@ class StoreBackend(Backend):
 
     async def _bury(self, names: Sequence[str], written: list[str]) -> None:
         for name in names:
-            if not self.breaker.allows("write"):
-                return
             # If that fails as well, it cannot be told.
             try:
                 await guarded(self.store.set(tombstone(name), to_cpu_buffer(b"")))
             except Exception as error:  # noqa: BLE001 - a cache store may raise anything
                 self.breaker.failed(error, "write")
+                # Only then: one that is no more than slow takes them all, after their time as well.
+                if not self.breaker.allows("write"):
+                    return
             else:
                 written.append(name)
 
     def _bury_sync(self, names: Sequence[str], written: list[str]) -> None:
         for name in names:
-            if not self.breaker.allows("write"):
-                return
             try:
                 self.store.set_sync(tombstone(name), to_cpu_buffer(b""))
             except Exception as error:  # noqa: BLE001 - a cache store may raise anything
                 self.breaker.failed(error, "write")
+                if not self.breaker.allows("write"):
+                    return
             else:
                 written.append(name)
 
