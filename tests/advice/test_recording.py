@@ -7,6 +7,7 @@ import asyncio
 import csv
 import gc
 import gzip
+import itertools
 import json
 import logging
 import multiprocessing
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,6 +225,32 @@ def test_recording_that_finds_no_room_names_its_file_and_leaves_none(path: Path)
     with store.record(path):
         value_sync(store, "a/c/0")
     assert len(rows_of(path)) == 1
+
+
+# The garbage collector closes a file where the end of its recording was interrupted.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_interrupt_anywhere_leaves_no_recording_that_cannot_be_ended(tmp_path: Path) -> None:
+    store = CacheStore(source_of(1))
+
+    def record_nothing(path: Path) -> None:
+        with store.record(path):
+            pass
+
+    def is_free(path: Path) -> bool:
+        try:
+            record_nothing(path)
+        except UsageError:
+            return False
+        return True
+
+    for at in itertools.count():
+        path = tmp_path / f"{at}"
+        if not Interrupter(at).run(partial(record_nothing, path)):
+            break
+        gc.collect()
+        await until(partial(is_free, tmp_path / f"{at} again"))
+        assert not path.exists() or rows_of(path) == []
+    assert at
 
 
 async def test_recording_one_at_a_time(path: Path) -> None:

@@ -173,7 +173,9 @@ class Recording:
     def __init__(self, writer: RequestWriter) -> None:
         self._writer = writer
         self._is_closed = False
+        # First: what an interrupt leaves of the rest ends as well.
         weakref.finalize(self, writer.drop).atexit = False
+        writer.begin()
 
     def __enter__(self) -> Self:
         if self._is_closed:
@@ -265,28 +267,32 @@ class RequestWriter:
         self._is_ended, self._has_stopped = Latch(), Latch()
         self._is_dropped = False
         self._process = os.getpid()
+        self._about = {**about, "anonymous": anonymous}
+
+    def begin(self) -> None:
+        """Make the file, and take requests from now on; whatever it raises, nothing is left of it."""
+        file: io.FileIO | None = None
         try:
             # Without a buffer: what could not be written is not tried again.
             with errors_name(self._path):
-                self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115 - closed when it ends
-        except FileExistsError:
-            raise RecordingExistsError(
-                f"{self.shown!r} exists already, and a recording overwrites nothing. Give another path, or "
-                "remove the file."
-            ) from None
-        try:
-            self._about = {**about, "anonymous": anonymous}
-            with errors_name(self._path):
+                file = self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115 - closed when it ends
                 self._append(self._head(0))
-            hits.hook.attach(self, hits)
+            self._hits.hook.attach(self, self._hits)
             self._start()
-        except BaseException:
-            hits.hook.detach(self, hits)
-            self._file.close()
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
+            _writers.add(self)
+        except BaseException as error:
+            self.drop()
+            self._told.clear()
+            if file is not None:
+                file.close()
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path)
+            elif isinstance(error, FileExistsError):
+                raise RecordingExistsError(
+                    f"{self.shown!r} exists already, and a recording overwrites nothing. Give another path, or "
+                    "remove the file."
+                ) from None
             raise
-        _writers.add(self)
 
     def _start(self) -> None:
         """Have a thread write; `_has_stopped` is set once it has ended."""
