@@ -19,12 +19,15 @@ mod place;
 mod pool;
 #[path = "core/reference.rs"]
 mod reference;
+#[path = "core/shared_memory.rs"]
+mod shared_memory;
 
 mod core_absent;
 mod core_cache_dir;
 mod core_damage;
 mod core_deaths;
 mod core_decoded;
+mod core_drain;
 mod core_expiry;
 mod core_fill;
 mod core_flips;

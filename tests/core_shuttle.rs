@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{LazyLock, Mutex, MutexGuard};
 
 use shuttle::rand::Rng;
 use shuttle::sync::Arc;
@@ -18,12 +18,21 @@ use shuttle::sync::atomic::AtomicBool;
 use shuttle::sync::mpsc::{Sender, channel};
 use shuttle::thread;
 use zcache::arena::Heap;
-use zcache::cache::{Cache, Joined, Limits, Reserve, START, Victim};
+use zcache::cache::{Cache, Joined, Limits, Peers, Reserve, START, Victim};
+use zcache::error::Result;
 use zcache::key::{ByteRange, select};
+
+use crate::shared_memory::Shared;
 
 const A: &str = "x/c/0";
 const B: &str = "x/c/1";
 const META: &str = "x/zarr.json";
+/// Below the name of `A`, in the same directory of the index.
+const BELOW: &str = "x/c/0/1";
+
+/// More chunks than one step looks at, beside the others.
+static CROWD: LazyLock<Vec<String>> =
+    LazyLock::new(|| (0..4097).map(|n| format!("x/c/9/{n}")).collect());
 
 /// What the source holds of a key; the number counts its changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,33 +139,74 @@ struct Observed {
     source_reads: usize,
 }
 
+/// Over files of values, or over the segments of a pool, of one process or shared with others who may damage the index.
+enum Index {
+    Own(Cache<Heap, Arc<Flight>>),
+    Shared(Cache<Shared, Arc<Flight>>),
+}
+
+/// What the index of a world is over.
+#[derive(Clone, Copy)]
+enum Kind {
+    Files,
+    Segments,
+    SharedSegments,
+}
+
+/// Works with the cache of an index.
+macro_rules! with {
+    ($index:expr, |$cache:ident| $work:expr) => {
+        match $index {
+            Index::Own($cache) => $work,
+            Index::Shared($cache) => $work,
+        }
+    };
+}
+
+/// Takes one step of the cache of a world.
+macro_rules! step {
+    ($world:expr, |$cache:ident| $work:expr) => {{
+        let mut index = $world.cache.lock();
+        with!(&mut *index, |$cache| $work)
+    }};
+}
+
 struct World {
-    cache: Step<Cache<Heap, Arc<Flight>>>,
+    cache: Step<Index>,
     source: Step<BTreeMap<&'static str, Value>>,
     store: Step<Store>,
     observed: Mutex<Observed>,
 }
 
 impl World {
-    /// Over files of values or over the segments of a pool, as chance has it.
+    /// Of any kind, as chance has it.
     fn new(max_size: u64) -> Arc<Self> {
-        World::with(max_size, shuttle::rand::thread_rng().r#gen())
+        let kinds = [Kind::Files, Kind::Segments, Kind::SharedSegments];
+        World::with(
+            max_size,
+            kinds[shuttle::rand::thread_rng().gen_range(0..kinds.len())],
+        )
     }
 
-    fn with(max_size: u64, has_places: bool) -> Arc<Self> {
-        let heap = if has_places {
-            Heap::default().with_places()
-        } else {
-            Heap::default()
-        };
+    fn with(max_size: u64, kind: Kind) -> Arc<Self> {
         let limits = Limits {
             flat_namespace: false,
             ..Limits::bounded(max_size)
         };
+        let index = match kind {
+            Kind::Files => Index::Own(Cache::new(Heap::default(), limits, 0).unwrap()),
+            Kind::Segments => {
+                Index::Own(Cache::new(Heap::default().with_places(), limits, 0).unwrap())
+            }
+            Kind::SharedSegments => {
+                let heap = Heap::default().with_places();
+                Index::Shared(Cache::new(Shared(heap), limits, 0).unwrap())
+            }
+        };
         let size = Some(10);
-        let values = [A, B, META].map(|key| (key, Value { version: 1, size }));
+        let values = [A, B, META, BELOW].map(|key| (key, Value { version: 1, size }));
         Arc::new(World {
-            cache: Step::new(Cache::new(heap, limits, 0).unwrap()),
+            cache: Step::new(index),
             source: Step::new(BTreeMap::from(values)),
             store: Step::new(Store {
                 held: BTreeMap::new(),
@@ -167,8 +217,18 @@ impl World {
         })
     }
 
-    fn cache<R>(&self, step: impl FnOnce(&mut Cache<Heap, Arc<Flight>>) -> R) -> R {
-        step(&mut self.cache.lock())
+    /// With very many chunks in the directory of the others.
+    fn crowded() -> Arc<Self> {
+        let world = World::new(u64::MAX);
+        for key in &*CROWD {
+            let key = key.as_str();
+            let made = with!(&mut *world.cache.now(), |cache| fill(cache, key));
+            made.unwrap();
+            let (version, size) = (1, Some(10));
+            world.source.now().insert(key, Value { version, size });
+            world.store.now().held.insert(key.to_owned(), (10, 1));
+        }
+        world
     }
 
     /// A read; checks that no write which had returned before is missed.
@@ -184,10 +244,7 @@ impl World {
                 return value;
             }
             let flight = Arc::new(Flight::default());
-            match self
-                .cache(|c| c.join(key, range, Arc::clone(&flight), 1, false))
-                .unwrap()
-            {
+            match step!(self, |c| c.join(key, range, Arc::clone(&flight), 1, false)).unwrap() {
                 Joined::Ready => {}
                 Joined::Follow(_, other) => return other.wait(),
                 Joined::Lead(ticket) => {
@@ -197,11 +254,11 @@ impl World {
                     match value.size.and_then(|size| select(size, range, false)) {
                         Some((_, size)) => self.fill(key, range, size, value.version, ticket),
                         None => {
-                            let victims = self.cache(|c| c.drop_missing(key)).unwrap();
+                            let victims = step!(self, |c| c.drop_missing(key)).unwrap();
                             self.drop_bytes(victims);
                         }
                     }
-                    self.cache(|c| c.complete_flight(key, ticket));
+                    step!(self, |c| c.complete_flight(key, ticket));
                     return value;
                 }
             }
@@ -209,7 +266,7 @@ impl World {
     }
 
     fn cached(&self, key: &str, range: ByteRange) -> Option<Value> {
-        let found = self.cache(|c| c.lookup(key, range, 1)).unwrap()?;
+        let found = step!(self, |c| c.lookup(key, range, 1)).unwrap()?;
         let held = self
             .store
             .lock()
@@ -223,28 +280,24 @@ impl World {
                 size,
             });
         }
-        let victims = self.cache(|c| c.discard(found.handle)).unwrap();
+        let victims = step!(self, |c| c.discard(found.handle)).unwrap();
         self.drop_bytes(victims);
         None
     }
 
     fn fill(&self, key: &str, range: ByteRange, size: u64, version: u32, ticket: u64) {
-        let mut answer = self
-            .cache(|c| c.reserve(key, range, size, ticket, 1))
-            .unwrap();
+        let mut answer = step!(self, |c| c.reserve(key, range, size, ticket, 1)).unwrap();
         loop {
             match answer {
                 Reserve::Rejected(_) => return,
                 Reserve::Granted(id) => {
                     self.store.lock().put(range.cache_key(key), size, version);
-                    let done = self.cache(|c| c.commit(id, Some(version), 1)).unwrap();
+                    let done = step!(self, |c| c.commit(id, Some(version), 1)).unwrap();
                     return self.drop_bytes(done.expect("granted").victims);
                 }
                 Reserve::NeedsEviction(id, victims) => {
                     let (dropped, failed) = self.delete(victims);
-                    answer = self
-                        .cache(|c| c.evictions_done(id, &dropped, &failed, 1))
-                        .unwrap();
+                    answer = step!(self, |c| c.evictions_done(id, &dropped, &failed, 1)).unwrap();
                 }
             }
         }
@@ -265,22 +318,20 @@ impl World {
     fn drop_bytes(&self, victims: Vec<Victim>) {
         if !victims.is_empty() {
             let (dropped, failed) = self.delete(victims);
-            self.cache(|c| c.deletes_done(&dropped, &failed)).unwrap();
+            step!(self, |c| c.deletes_done(&dropped, &failed)).unwrap();
         }
     }
 
     /// A write of so many bytes, or a delete.
     fn write(&self, key: &'static str, size: Option<u64>) {
-        let victims = self.cache(|c| c.begin_write(key)).unwrap();
+        let victims = step!(self, |c| c.begin_write(key)).unwrap();
         self.drop_bytes(victims);
         let version = self.bump_version(key, size);
-        let (victims, ticket) = self
-            .cache(|c| c.end_write(key, size.is_some(), None))
-            .unwrap();
+        let (victims, ticket) = step!(self, |c| c.end_write(key, size.is_some(), None)).unwrap();
         self.drop_bytes(victims);
         if let (Some(ticket), Some(size)) = (ticket, size) {
             self.fill(key, ByteRange::Full, size, version, ticket);
-            self.cache(|c| c.complete_flight(key, ticket));
+            step!(self, |c| c.complete_flight(key, ticket));
         }
         self.returned(key, version);
     }
@@ -298,45 +349,62 @@ impl World {
         *returned = version.max(*returned);
     }
 
-    fn drop_prefix(&self) {
-        self.cache(|c| c.invalidate_prefix("x/c"));
-        self.drain_prefix();
-        let changed = [A, B].map(|key| (key, self.bump_version(key, None)));
-        self.cache(|c| c.invalidate_prefix("x/c"));
-        self.drain_prefix();
+    /// Deletes what is at and below a prefix: these keys.
+    fn drop_prefix(&self, prefix: &str, keys: &[&'static str]) {
+        step!(self, |c| c.invalidate_prefix(prefix));
+        self.drain_prefix(prefix);
+        let deleted = keys.iter().map(|key| (key, self.bump_version(key, None)));
+        let changed: Vec<_> = deleted.collect();
+        step!(self, |c| c.invalidate_prefix(prefix));
+        self.drain_prefix(prefix);
         for (key, version) in changed {
             self.returned(key, version);
         }
     }
 
-    fn drain_prefix(&self) {
+    fn drain_prefix(&self, prefix: &str) {
         let mut rest = Some(START);
         while let Some(at) = rest {
             let victims;
-            (victims, rest) = self.cache(|c| c.drain_prefix("x/c", at)).unwrap();
+            (victims, rest) = step!(self, |c| c.drain_prefix(prefix, at)).unwrap();
             self.drop_bytes(victims);
         }
     }
 
     /// Checks what holds when all tasks have ended.
     fn check_at_rest(&self) {
-        let failed = self.cache(|c| c.retry_failed(usize::MAX)).unwrap();
+        let failed = step!(self, |c| c.retry_failed(usize::MAX)).unwrap();
         self.store.lock().rejections = 0;
         self.drop_bytes(failed);
-        for (cell, number) in self.cache(|c| c.spent_segments(usize::MAX)).unwrap() {
-            self.cache(|c| c.segment_removed(cell, number)).unwrap();
+        for (cell, number) in step!(self, |c| c.spent_segments(usize::MAX)).unwrap() {
+            step!(self, |c| c.segment_removed(cell, number)).unwrap();
         }
-        let (cache, store) = (self.cache.now(), self.store.now());
-        cache.validate().unwrap();
-        assert_eq!(cache.in_flight(), (0, 0));
-        assert_eq!(cache.current_size(), store.sum());
-        assert_eq!(cache.len() as usize, store.held.len());
+        let store = self.store.now();
+        with!(&*self.cache.now(), |cache| {
+            cache.validate().unwrap();
+            assert_eq!(cache.in_flight(), (0, 0));
+            assert_eq!(cache.current_size(), store.sum());
+            assert_eq!(cache.len() as usize, store.held.len());
+        });
         let source = self.source.now();
         for (name, (_, version)) in &store.held {
             let (key, _) = ByteRange::parse(name).unwrap();
             assert_eq!(source[key].version, *version, "{name} is out of date");
         }
     }
+}
+
+/// Caches a value of 10 bytes, which no other reader asks for.
+fn fill<S: Peers>(cache: &mut Cache<S, Arc<Flight>>, key: &str) -> Result<()> {
+    let joined = cache.join(key, ByteRange::Full, Arc::default(), 1, false)?;
+    let Joined::Lead(ticket) = joined else {
+        panic!("{key} is there");
+    };
+    let Reserve::Granted(id) = cache.reserve(key, ByteRange::Full, 10, ticket, 1)? else {
+        panic!("no room for {key}");
+    };
+    assert!(cache.commit(id, Some(1), 1)?.is_some());
+    Ok(())
 }
 
 type Operation = fn(&World);
@@ -362,7 +430,10 @@ const WRITE: Operation = |world| world.write(A, Some(14));
 const WRITE_SMALL: Operation = |world| world.write(A, Some(3));
 const WRITE_OTHER: Operation = |world| world.write(B, Some(8));
 const DELETE: Operation = |world| world.write(A, None);
-const DROP_PREFIX: Operation = |world| world.drop_prefix();
+const DROP_PREFIX: Operation = |world| world.drop_prefix("x/c", &[A, B, BELOW]);
+const DROP_ROW: Operation = |world| world.drop_prefix(A, &[A, BELOW]);
+const READ_BELOW: Operation = |world| world.read(BELOW, ByteRange::Full);
+const WRITE_BELOW: Operation = |world| world.write(BELOW, Some(9));
 
 /// Whether something of key `A` is cached before the operations begin.
 #[derive(Clone, Copy)]
@@ -374,23 +445,18 @@ use Start::{Cold, Warm};
 
 /// Runs two operations in every order in which their steps can meet, each time followed by a read.
 fn in_every_order(start: Start, max_size: u64, one: Operation, other: Operation) {
-    in_every_order_over(false, start, max_size, one, other);
-    in_every_order_over(true, start, max_size, one, other);
+    for kind in [Kind::Files, Kind::SharedSegments] {
+        in_every_order_over(kind, start, max_size, one, other);
+    }
 }
 
-fn in_every_order_over(
-    has_places: bool,
-    start: Start,
-    max_size: u64,
-    one: Operation,
-    other: Operation,
-) {
+fn in_every_order_over(kind: Kind, start: Start, max_size: u64, one: Operation, other: Operation) {
     const MOST: usize = 30_000;
     let orders = std::sync::Arc::new(AtomicUsize::new(0));
     let count = std::sync::Arc::clone(&orders);
     let test = move || {
         count.fetch_add(1, Relaxed);
-        let world = World::with(max_size, has_places);
+        let world = World::with(max_size, kind);
         if matches!(start, Warm) {
             world.read(A, ByteRange::Full);
         }
@@ -502,6 +568,25 @@ fn prefix_deletes_among_reads_and_writes_stay_coherent() {
     };
     shuttle::check_random(test, 10_000);
     shuttle::check_pct(test, 5_000, 3);
+}
+
+/// The drain walks, and between its steps others cache what is at and below its prefix.
+#[test]
+fn deletes_of_a_row_of_very_many_among_reads_and_writes_stay_coherent() {
+    let test = || {
+        let world = World::crowded();
+        run(
+            &world,
+            &[
+                &[READ, READ_BELOW, READ],
+                &[WRITE, READ_OTHER],
+                &[READ_BELOW, DROP_ROW],
+                &[WRITE_BELOW, READ_RANGE],
+            ],
+        );
+    };
+    shuttle::check_random(test, 80);
+    shuttle::check_pct(test, 60, 3);
 }
 
 #[test]

@@ -218,16 +218,19 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             }
             return Ok(Some(START));
         }
-        self.drop_absence(prefix)?;
-        let (found, next) = match self.walk_of(at) {
-            None => self.absences_below(prefix)?,
+        let walk = self.walk_of(at);
+        let (found, next) = match walk {
+            None => {
+                self.drop_absence(prefix)?;
+                self.absences_below(prefix)?
+            }
             Some(walk) => self.next_cut_off(prefix, walk, true, is_absence)?,
         };
         for i in found {
             self.remove_absence(i)?;
         }
-        if next.is_none() && self.finds_by_index_alone() {
-            self.arena.check_none_below(prefix, is_absence)?;
+        if walk.is_none() {
+            self.check_taken(prefix, next, is_absence)?;
         }
         Ok(next)
     }

@@ -114,7 +114,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// (`a/c/12`, where `a/c/12/3` is cached): those of the same array if they are few, else all, once.
     pub fn drain_prefix(&mut self, prefix: &str, at: Rest) -> Result<(Vec<Victim>, Option<Rest>)> {
         let prefix = prefix.trim_end_matches('/');
-        let (found, next) = match self.walk_of(at) {
+        let walk = self.walk_of(at);
+        let (found, next) = match walk {
             None => self.find_below(prefix)?,
             Some(walk) => self.next_cut_off(prefix, walk, false, is_live_entry)?,
         };
@@ -124,10 +125,25 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 self.take(i, &mut victims)?;
             }
         }
-        if next.is_none() && self.finds_by_index_alone() {
-            self.arena.check_none_below(prefix, is_live_entry)?;
+        if walk.is_none() {
+            self.check_taken(prefix, next, is_live_entry)?;
         }
         Ok((victims, next))
+    }
+
+    /// Checks that damage hid nothing from a step that has looked below a prefix and taken what it found, but for what is cut off
+    /// of a directory of many. To be asked in that step: before the next one others may cache values there.
+    pub(super) fn check_taken(
+        &self,
+        prefix: &str,
+        next: Option<Rest>,
+        is_wanted: impl Fn(&Arena<S>, u32) -> Result<bool>,
+    ) -> Result<()> {
+        if !self.finds_by_index_alone() || next == Some(START) {
+            return Ok(());
+        }
+        self.arena
+            .check_none_below(prefix, next.is_none(), is_wanted)
     }
 
     /// Entries below a prefix that can be served, a batch or a few more at most; and where to go on.

@@ -196,6 +196,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         is_wanted: impl Fn(&Arena<S>, u32) -> Result<bool>,
     ) -> Result<(Vec<u32>, Option<Rest>)> {
         let mut found = Vec::new();
+        if self.finds_by_index_alone() {
+            self.arena.check_cut_by(prefix)?;
+        }
         let cut = self.arena.cut_by(prefix, of_absences)?;
         if cut.is_empty() {
             return Ok((found, None));

@@ -25,11 +25,11 @@ impl<S: Storage> Arena<S> {
     }
 
     /// Checks that damage hides nothing that is `unwanted` at or below a prefix: each name that may lead there is entered once or
-    /// not at all, and what hangs from it is looked at. Where a prefix cuts names of a directory of very many off, these
-    /// are left out: they are looked for among all cells.
+    /// not at all, and what hangs from it is looked at. What the prefix cuts off of a directory is looked at if asked for.
     pub(crate) fn check_none_below(
         &self,
         prefix: &str,
+        and_cut_off: bool,
         unwanted: impl Fn(&Self, u32) -> Result<bool>,
     ) -> Result<()> {
         if self.get(ROOT)?.kind()? != Kind::Dir {
@@ -53,8 +53,9 @@ impl<S: Storage> Arena<S> {
         if let Some(found) = found {
             self.check_none_in(found, &unwanted)?;
         }
-        for above in key::above_tails_below(prefix) {
-            self.table_check(self.dir_hash(&above), self.find_dir(&above)?)?;
+        self.check_cut_by(prefix)?;
+        if !and_cut_off {
+            return Ok(());
         }
         for of_absences in [false, true] {
             let cut = self.cut_by(prefix, of_absences)?;
@@ -65,7 +66,15 @@ impl<S: Storage> Arena<S> {
         Ok(())
     }
 
-    /// The same of a cell and all below it.
+    /// Checks that damage hides none of the directories of [`Arena::cut_by`].
+    pub(crate) fn check_cut_by(&self, prefix: &str) -> Result<()> {
+        for above in key::above_tails_below(prefix) {
+            self.table_check(self.dir_hash(&above), self.find_dir(&above)?)?;
+        }
+        Ok(())
+    }
+
+    /// Checks that nothing is unwanted of a cell and all below it.
     fn check_none_in(&self, top: u32, unwanted: impl Fn(&Self, u32) -> Result<bool>) -> Result<()> {
         let (mut todo, mut steps) = (vec![top], self.storage.cells().len());
         while let Some(i) = todo.pop() {
