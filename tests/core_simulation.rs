@@ -62,6 +62,39 @@ fn simulation_of_a_moving_view_adaptive_does_what_lru_does() {
     assert!(misses(PolicyKind::Adaptive, 80, trace()) <= lru + 0.01);
 }
 
+/// Windows of so many keys, each by a step further on.
+fn windows(keys: u64, width: u64, step: usize, passes: u64) -> impl Iterator<Item = u64> {
+    let once = move || (0..keys - width).step_by(step);
+    (0..passes).flat_map(move |_| once().flat_map(move |at| at..at + width))
+}
+
+// What is read again before the cache is full is what LRU would keep then, in the simulation as well.
+
+#[test]
+fn simulation_of_a_window_that_moves_by_a_fifth_adaptive_serves_more_than_lru() {
+    let trace = || windows(3000, 1000, 200, 3);
+    let lru = misses(PolicyKind::Lru, 2520, trace());
+    let adaptive = misses(PolicyKind::Adaptive, 2520, trace());
+    assert!(adaptive < lru - 0.05, "{adaptive} {lru}");
+}
+
+#[test]
+fn simulation_of_a_loop_that_fits_beside_windows_adaptive_does_what_lru_does() {
+    for (keys, width, step, passes) in [(2000, 60, 8, 4), (1000, 50, 10, 6), (1200, 60, 12, 6)] {
+        let trace = || {
+            let window = windows(keys / 2, width, step, passes);
+            window
+                .zip((0..keys).cycle())
+                .flat_map(move |(at, next)| [keys + at, next])
+        };
+        // Nine tenths of all keys.
+        let capacity = keys * 27 / 20;
+        let lru = misses(PolicyKind::Lru, capacity, trace());
+        let adaptive = misses(PolicyKind::Adaptive, capacity, trace());
+        assert!(adaptive < lru + 0.005, "{keys} {adaptive} {lru}");
+    }
+}
+
 #[test]
 fn simulation_of_work_that_changes_adaptive_follows() {
     let view = |first: u64| (0..1000u64).flat_map(move |at| first + at..first + at + 50);

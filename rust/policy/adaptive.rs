@@ -53,12 +53,13 @@ fn touch<E: Entries>(entries: &mut E, entry: u32) -> Result<()> {
     Ok(())
 }
 
-/// Whether hits tell anything: not before anything had to go, nor once all is known of what is there.
+/// Whether hits tell anything: not once all is known of what is there. Before the cache is full they do: without them the
+/// simulation of LRU would begin with the order in which the values came in.
 fn has_to_learn<E: Entries>(entries: &E) -> bool {
     let (count, _) = entries.totals();
     let state = entries.state();
     let since = state.uses.wrapping_sub(state.filled_at);
-    state.full_bytes != 0 && since < KNOWN_AFTER * count.max(FEW)
+    since < KNOWN_AFTER * count.max(FEW)
 }
 
 fn learner<E: Entries>(entries: &mut E) -> Option<Learner<'_>> {
