@@ -49,7 +49,22 @@ from zcache._source.urls import hide, redact, secrets_in, server, without_query,
         ("https://a/it's?hush b@c", "https://a/it's b@c"),
         ("https://a/x?sig=hu'sh'", "https://a/x'"),
         ("Fs(me:hu'sh@b)", "Fs(b)"),
+        ('a://Store("https://me:hush@b/x")', 'a://Store("https://b/x")'),
+        ("a://'https://hush@b/x?hush'", "a://'https://b/x'"),
+        ('http://p:"https://me:hush@b/x"', 'http://p:"https://b/x"'),
+        ('https://a/x"https://me:hush@b/y', 'https://a/x"https://b/y'),
+        ('a=http://x"b=http://me:hush@b/"', 'a=http://x"b=http://b/"'),
+        ("http://a|http://me:hush@b http://a)http://hush@b", "http://a|http://b http://a)http://b"),
+        ("http://a=http://me:hu sh@b&http://me:hush@b", "http://a=http://b&http://b"),
+        ("https://a/x?to=https://me:hu sh@b", "https://a/x"),
+        ("http://'me':'hush'@b http://me:/hush@b/x", "http://b http://b/x"),
+        ("http://me@a:hu sh@b, http://me:a://hush@b", "http://b, http://b"),
+        ("http://me:hush" + "x" * 20_000 + "@b", "http://..."),
         # What is none, nor a password.
+        (
+            text := 'a://S3Store(bucket="blue:data", prefix="run@5/a")',
+            text,
+        ),
         ("'http://node:80' failed, write to me@here", "'http://node:80' failed, write to me@here"),
         (
             "(see http://node:80), me@here http://node:80: b@c",
@@ -91,6 +106,29 @@ def test_redact_strips_each_link_of_a_chain(
     assert redact(f"OSError('at {url}')") == f"OSError('at {shown}')"
     users = {link[2].removesuffix("@") for link in links if len(link) > 1}
     assert users - {""} <= {*secrets_in(url)}
+
+
+_AROUND = st.lists(
+    st.sampled_from(
+        [*" \n'\"`<>()[]{}=,;|&:.@/?#%-", "://", "::", "->", "a", "80", "me@here", "x:y", "\\"]
+        + ["http://node", "https://node:80/a", "zip://a::", "s3://b/a@1?x=1", "HTTPStore(bucket="]
+    ),
+    max_size=6,
+).map("".join)
+_SIGNS = st.text("ab1:;,.-+=&|()[]{}%$!~", max_size=4)
+_ODD_SIGNS = st.text("ab1:;,.-+=&|()[]{}%$!~ '\"`<>/?#\\", max_size=4)
+_PASSWORDS = st.one_of(
+    st.tuples(_ODD_SIGNS, st.just("hush"), _ODD_SIGNS),
+    st.tuples(_SIGNS, st.sampled_from(["hush", "@hush@", "hush@x"]), _SIGNS),
+).map("".join)
+
+
+@given(st.lists(st.tuples(_AROUND, _SCHEMES, _PASSWORDS), min_size=1, max_size=3), _AROUND)
+def test_redact_shows_no_password_whatever_is_around_it(
+    urls: list[tuple[str, str, str]], end: str
+) -> None:
+    text = "".join(f"{around}{scheme}://me:a{said}@node/a" for around, scheme, said in urls)
+    assert "hush" not in redact(text + end)
 
 
 @pytest.mark.parametrize(

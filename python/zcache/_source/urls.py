@@ -11,28 +11,30 @@ from zcache._source.answers import UnnamedError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_RUN: Final = "[a-z0-9+.-]"
 _SCHEME: Final = "[a-z][a-z0-9+.-]*"
 _LINK: Final = rf"::(?={_SCHEME}(?:://|::))"
 """What is between two links of a chain; one elsewhere is of an address or a password."""
-_NEXT: Final = re.compile(rf"{_LINK}|[/,;](?={_SCHEME}://)", re.IGNORECASE)
-"""Where another URL begins in what follows a scheme: the next one of a chain, of a proxy's, or of a list."""
-_SPLIT: Final = re.compile(rf"::|[/,;](?={_SCHEME}://)", re.IGNORECASE)
-"""Where another one may begin."""
-_QUOTE: Final = r"""['"`](?=[a-z0-9%])"""
+_QUOTE: Final = r"""['"`](?=:?['"`]?[a-z0-9%@])"""
 """A quotation mark that ends nothing: one that does is not followed by a word."""
+_END_OF_HOST: Final = (
+    rf"""//|(?<=//[a-z]:)\\|[0-9]+[/?#]|[0-9]*(?!{_QUOTE})['"`]"""
+    rf"""|[0-9]*[^\w\s%@'"`]*(?!{_QUOTE})(?:\s|['"`]|$)|[0-9]*[^\w\s%@]+{_SCHEME}(?:://|::)"""
+)
+"""What follows the first colon of a URL without a user: a port, the end of a word, another URL, or a path of Windows."""
+_USER: Final = re.compile(
+    rf"""(?:(?:[^\s/'"<>`?#]|{_QUOTE})*@|(?!\[|arn:)[^\s/?#@:(]*:(?!{_END_OF_HOST})[^@\n]*@)+""",
+    re.IGNORECASE,
+)
+"""User information: up to the last ``@`` before a slash; after a user, and what is no port, up to the next one in the line."""
+_USERS: Final = re.compile(f"(?<=://){_USER.pattern}", re.IGNORECASE)
 _URL: Final = re.compile(
-    rf"""(?P<scheme>(?<!{_RUN}){_RUN}+://)(?P<rest>(?:(?!{_LINK}|[/,;]{_SCHEME}://)(?:[^\s'"<>`?#]|{_QUOTE}))*"""
-    rf"""(?:[?#](?:[^\s'"<>`]|{_QUOTE})*)?)"""
-    r"""|(?P<place>(?<![^\s'"<>`@:/(\[{,=])[^\s'"<>`@:/(\[{,=]+:[^\s'"<>`@:/]"""
+    r"""(?P<url>(?<![a-z0-9+.-])[a-z0-9+.-]+://(?:\[[0-9a-f:.]*\])?"""
+    rf"""(?:(?!::)(?:[^\s'"<>`?#]|{_QUOTE}))*)(?:[?#](?:[^\s'"<>`]|{_QUOTE})*)?"""
+    r"""|(?<![^\s'"<>`@:/(\[{,=])(?P<place>[^\s'"<>`@:/(\[{,=]+:[^\s'"<>`@:/]"""
     rf"""(?:[^\s'"<>`@:]|{_QUOTE})*@(?:[^\s'"<>`]|{_QUOTE})*)""",
     re.IGNORECASE,
 )
-"""A URL, with all that follows its query, or up to the next one; or what some clients make of one with a password: it without its scheme."""
-_REST_OF_PASSWORD: Final = re.compile(r"(?:(?!://)[^\n@])*@")
-"""What follows a part of a password that seems to be all of a URL."""
-_PORT: Final = re.compile(r"[0-9]*[^\w%]*|\\.*", re.DOTALL)
-"""What follows the first colon in a URL without a password: a port, and perhaps the end of a sentence; or a path of Windows."""
+"""A URL up to the next link of its chain, and its query; or what some clients make of one with a password: it without its scheme."""
 _MOST: Final = 16_384
 """Characters of a text that are looked at; what is longer is cut off."""
 _QUERY: Final = re.compile(r"[?#].*", re.DOTALL)
@@ -53,32 +55,23 @@ _SAS: Final = re.compile("s(ig|v|r|t|e|p|s|rt|pr|ip|dd|es|kt|ke|ks|kv|koid|ktid|
 def redact(text: str) -> str:
     """Strip user information, query and fragment of every URL in a text, and all that follows these two in it.
 
+    Wherever a text has ``://``, all that may be user information goes (see `_USER`), whatever is around the URL.
+
     Parameters
     ----------
     text : str
         What is to be shown, such as an error of a library.
     """
-    shown, text = [], text if len(text) <= _MOST else f"{text[:_MOST]}..."
-    while (url := _URL.search(text)) is not None:
-        shown.append(text[: url.start()])
-        text = text[url.end() :]
-        if url["scheme"] is None:
-            shown.append(without_user(url["place"]))
-            continue
-        if _has_part_of_password(url["rest"]) and (more := _REST_OF_PASSWORD.match(text)):
-            text = url["scheme"] + text[more.end() :]
-            continue
-        _, place, query = _parts(url["rest"])
-        shown.append(url["scheme"])
-        if _NEXT.search(place):
-            # The query is that of another URL.
-            place += query
-        # What has no scheme is a path for a client, and so may be anything.
-        split = _SPLIT.search(place)
-        end = len(place) if split is None else split.end()
-        shown.append(place[:end])
-        text = place[end:] + text
-    return "".join([*shown, text])
+    if len(text) > _MOST:
+        # What is cut off may have the end of a password.
+        return f"{_redact(f'{text[:_MOST]}@').removesuffix('@')}..."
+    return _redact(text)
+
+
+def _redact(text: str) -> str:
+    return _URL.sub(
+        lambda found: found["url"] or without_user(found["place"]), _USERS.sub("", text)
+    )
 
 
 def hide(text: str, secrets: Iterable[str]) -> str:
@@ -104,56 +97,21 @@ def scheme_of(link: str) -> str | None:
 
 
 def without_user(rest: str) -> str:
-    """What follows the scheme of a URL, without user information."""
-    return rest[_user_end(rest) :]
-
-
-def _user_end(rest: str) -> int:
-    """How many characters of what follows the scheme of a URL are user information, with its sign."""
-    authority = rest.partition("/")[0]
-    if "@" in authority:
-        return authority.rindex("@") + 1
-    # A password may have an unescaped slash.
-    return rest.rfind("@") + 1 if _is_user(authority) else 0
-
-
-def _is_user(authority: str) -> bool:
-    """Whether what is written as host and port cannot be that, nor a name of Amazon's."""
-    port = authority.rpartition(":")[2] if ":" in authority else ""
-    is_port = not port or port.isdigit() or authority.endswith("]")
-    return not (is_port or authority.startswith("arn:"))
-
-
-def _has_part_of_password(rest: str) -> bool:
-    """Whether what follows the scheme of a URL seems to end within a password, by one of the signs that end a URL."""
-    authority = re.split("[/?#]", rest, maxsplit=1)[0]
-    _, colon, port = authority.partition(":")
-    return "@" not in rest and bool(colon) and _is_user(authority) and _PORT.fullmatch(port) is None
-
-
-def _parts(rest: str) -> tuple[str, str, str]:
-    """User information, place, and query with the fragment, of what follows the scheme of a URL."""
-    users = []
-    while True:
-        place = _QUERY.sub("", rest)
-        end = _user_end(place)
-        if end or "@" not in rest or not _is_user(place.partition("/")[0]):
-            break
-        # A password may have their signs.
-        user, _, rest = rest.partition("@")
-        users.append(user)
-    user = "@".join([*users, place[:end].removesuffix("@")]).removesuffix("@")
-    return user, place[end:], rest[len(place) :]
+    """What follows the scheme of a URL, without user information: to be shown, for a client may ask for all of it."""
+    return _USER.sub("", rest, count=1) if _USER.match(rest) else rest
 
 
 def secrets_in(url: str) -> Iterator[str]:
     """What of a URL, or a chain of them, no text may show: as it is written, and as a client reads it."""
     # What follows a query is a part of it for some clients, and another link for others.
     for link in dict.fromkeys([*links(url), url]):
-        user, _, query = _parts(link.partition("://")[2] or link)
+        rest = link.partition("://")[2] or link
+        place = without_user(rest)
+        user = rest.removesuffix(place).removesuffix("@")
         for secret in (user, user.partition(":")[2]):
             yield from (secret, unquote(secret))
-        for value in re.split("[?&=#]", query)[2:]:
+        query = _QUERY.search(place)
+        for value in re.split("[?&=#]", query[0])[2:] if query else ():
             yield from (value, unquote(value))
 
 
