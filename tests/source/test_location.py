@@ -159,6 +159,25 @@ def test_location_s3_with_a_path_that_says_more_is_unknown(key: str) -> None:
     assert location_of(FsspecStore(s3().fs, path=key)) is None
 
 
+@pytest.mark.parametrize("path", ["blue:b/run@5/a", "me:hush@b/a", "me:hu/sh@b/a", "hush@b/a"])
+def test_location_s3_with_what_may_be_a_user_is_unknown(path: str) -> None:
+    """The client takes all of it for the bucket, so it may be one of another tenant; and a name shows no secret."""
+    bucket, _, prefix = path.partition("/")
+    stores = [s3(path), obstore("S3Store", bucket, prefix=prefix, region="eu-west-1")]
+    assert [location_of(store) for store in stores] == [None, None]
+
+
+def test_location_s3_with_signs_of_a_user_in_a_key_is_known() -> None:
+    for path in ("b/run@5/a:1@2", "blue:b/a"):
+        assert location_of(s3(path)) == Location("s3://", path)
+
+
+def test_location_azure_with_an_account_in_its_path_is_unknown() -> None:
+    """Its client takes what is before the sign for the container, and the rest for nothing."""
+    for path in ("one@acc.dfs.core.windows.net/a", "two@acc.dfs.core.windows.net/a"):
+        assert location_of(azure(path, account_name="acc")) is None
+
+
 PROFILES = """
 [default]
 region = us-east-1

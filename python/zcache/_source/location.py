@@ -230,10 +230,13 @@ def _in_filesystem(filesystem: Any, path: str) -> Location | None:
 
 
 def _key(path: str) -> str:
-    """A path within a store of objects, of which the first part is the bucket, by whatever credentials."""
-    key = without_user(path.strip("/"))
+    """A path within a store of objects, of which the first part is the bucket."""
+    key = path.strip("/")
     # These may be part of a key, or the version of an object: there is no telling.
     if not key or any(mark in key for mark in ("://", "?", "#")):
+        raise UnnamedError
+    # The client asks for all of it, and a name holds no secret.
+    if without_user(key) != key:
         raise UnnamedError
     return key
 
