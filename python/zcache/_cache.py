@@ -25,7 +25,7 @@ from zcache._decoded.cache import DecodedCache
 from zcache._decoded.pipeline import install
 from zcache._index import shared as shared_indexes
 from zcache._index.handle import ignore
-from zcache._index.shared import Member, policy_in_force
+from zcache._index.shared import Member, policy_in_force, say_once
 from zcache._protocol.fill import MAX_PENDING_SIZE, FillQueue
 from zcache._protocol.hits import Hits
 from zcache._protocol.listing import Lister
@@ -46,7 +46,7 @@ from zcache._source.identity import (
     name_after_fork,
     say_unnamed,
 )
-from zcache._source.location import innermost, outlives_process
+from zcache._source.location import innermost, outlives_process, values_of
 from zcache._source.settled import settled
 from zcache._source.slicing import slices_like_python
 from zcache._source.validators import validators_of
@@ -83,7 +83,8 @@ class Cache:
     options : CacheOptions
         What the user chose.
     token : str, optional
-        Of the original that this is a copy of.
+        Of the original that this is a copy of. Where its values have come along (see `values_of`), it is an original from now
+        on: what is written here is here alone.
 
     Attributes
     ----------
@@ -91,6 +92,8 @@ class Cache:
         Decoded chunks, where `decoded_size` is given.
     home : int or None
         The process that it was made in; None if it arrived there as a copy.
+    has_values : bool
+        Whether its values go along with a pickle; see `values_of`.
     is_of_process : bool
         Whether copies in other processes are of another source; see `keeps_values_in_process`.
     """
@@ -101,8 +104,10 @@ class Cache:
         self.source = source
         self.cache = cache
         self.options = options
-        self.home = None if token else os.getpid()
-        self.known_token = token
+        self.has_values = values_of(source) is not None
+        is_copy = token is not None and not self.has_values
+        self.home = None if is_copy else os.getpid()
+        self.known_token = token if is_copy else None
         self.source_id = identify(source, options.source_id)
         self.is_of_process = self.source_id.is_ephemeral and keeps_values_in_process(source)
         slices = slices_like_python(innermost(source))
@@ -114,7 +119,8 @@ class Cache:
             "eviction": options.eviction,
             "minimise": options.minimise,
         }
-        if self.source_id.is_ephemeral and outlives_process(innermost(cache)):
+        # Of a copy the original has said it.
+        if token is None and self.source_id.is_ephemeral and outlives_process(innermost(cache)):
             say_unnamed(source, cache)
         self.backend = open_backend(
             cache, source, self.source_id, adopt=options.adopt, limits=limits, clock=options.clock
@@ -132,7 +138,7 @@ class Cache:
         )
         # Before it joins, so that its limits are those of the queue as well.
         self._make_queue()
-        self.shared.join(self._member)
+        self.shared.join(self._member, has_come=token is not None)
         # Offline the source is asked for nothing.
         compares = options.revalidate and not options.offline
         self.reader = Reader(
@@ -182,9 +188,9 @@ class Cache:
     def lease(self, decoded: DecodedCache | None) -> Lease | None:
         """What copies hold that were unpickled here, so that what is kept in memory outlives them for a while.
 
-        None where it does not: the original is in this process, or the source is in memory as well, and is not counted.
+        None where it does not: the original is in this process.
         """
-        if self.home is not None or isinstance(innermost(self.source), MemoryStore):
+        if self.home is not None:
             return None
         handle, is_in_memory = self.shared.handle, self._is_in_memory
         limit = 0.0 if decoded is None else decoded.max_size
@@ -222,9 +228,10 @@ class Cache:
 
     def after_fork(self) -> None:
         """Be another cache than the parent's, if its source is another one."""
-        if not self.is_of_process:
+        if self.is_of_process:
+            self.source_id = SourceId(name_after_fork(self.source_id.name))
+        elif not self.has_values:
             return
-        self.source_id = SourceId(name_after_fork(self.source_id.name))
         # Copies that the parent makes have its data.
         _by_token.discard(self.known_token)
         self.known_token = None
@@ -320,24 +327,31 @@ class Cache:
 _lock = threading.RLock()
 _caches: Registry[Cache] = Registry()
 _by_token: OneForEach[Cache] = OneForEach()
-_said: set[str] = set()
-"""Why copies cache nothing, once for each place."""
 
 
 def find_or_make(
-    token: str, source: Store, cache_store: Store, options: CacheOptions
+    token: str, source: Store, cache_store: Store, options: CacheOptions, *, is_first: bool
 ) -> tuple[Cache, Store]:
-    """The cache of this process for a copy that has come with this token and these, and what it reads."""
+    """The cache of this process for a copy that has come with this token and these, and what it reads.
+
+    Where its values have come along, it has a cache of its own, unless it was pickled by one that is here. Then it is
+    of that; see `source_of_copy`, also for `is_first`. None of this raises: an error would end an executor that unpickles
+    its task.
+    """
     # Where its path leads here was found out for another copy. Many may come, each for one read.
     known = _by_token.get(token)
     if known is not None and is_equal(source, known.source):
         return known, source
     source = settled(source)
     make = partial(_arrived, source, cache_store, options)
+    values = values_of(source)
+    if values is not None and (known is None or known.home != os.getpid()):
+        # Several stores in one pickle may share them.
+        return _by_token.find_or_make((token, values), partial(make, token)), source
     cache = _by_token.find_or_make(token, partial(make, token))
     # Another copy has made it.
     if cache.source is not source:
-        shared = source_of_copy(cache, source)
+        shared = source_of_copy(cache, source, is_first=is_first)
         if shared is not None:
             return cache, shared
         token = uuid.uuid4().hex
@@ -346,19 +360,14 @@ def find_or_make(
 
 
 def _arrived(source: Store, cache_store: Store, options: CacheOptions, token: str) -> Cache:
-    """The cache of a copy; without room where its cache store is in use for another source.
-
-    It never raises for that: an error here would end an executor that unpickles its task.
-    """
+    """The cache of a copy; without room where its cache store is in use for another source."""
     if isinstance(cache_store, SourcePlace):
         cache_store = place_of(source)
     try:
         return Cache(source, cache_store, options, token=token)
     except CacheOwnershipError as error:
         said = str(error)
-    if said not in _said:
-        _said.add(said)
-        logger.warning("a copy of a store caches nothing in this process: %s", said)
+    say_once(f"a copy of a store caches nothing in this process: {said}")
     return Cache(source, MemoryStore(), replace(options, max_size=0), token=token)
 
 

@@ -888,6 +888,8 @@ class CacheStore(Store, KeepsDecoded):
             "own_decoded": own,
             "trusted": trusted_root(kept),
             "token": cache.token,
+            # Not one of its copies elsewhere.
+            "first": cache.home == os.getpid(),
             "open": self._is_open,
             "more": self._of_subclass(),
             # Mostly there are none.
@@ -898,7 +900,11 @@ class CacheStore(Store, KeepsDecoded):
         if (trusted := state["trusted"]) is not None:
             trust(trusted)
         cache, store = find_or_make(
-            state["token"], state["store"], state["cache"], state["options"]
+            state["token"],
+            state["store"],
+            state["cache"],
+            state["options"],
+            is_first=state["first"],
         )
         vars(self).update(state["more"])
         self._setup(store, cache, state["set"])

@@ -17,6 +17,7 @@ import pytest
 import zarr
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
+from doubles import DictStore
 from forks import fork, run, wait
 from support import TESTS, buf, read, read_through, write
 from zcache import CachePool, CacheStore, with_decoded_cache
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
 LONGEST = 60
+GROUP = '{"zarr_format":3,"node_type":"group"}'
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
@@ -310,6 +312,8 @@ for line in sys.stdin:
         print(store._cache.source_id.name, flush=True)
     elif step == "hits":
         print(store.cache_stats()["hits"], flush=True)
+    elif step == "dump":
+        print(pickle.dumps(store).hex(), flush=True)
     elif step == "set":
         asyncio.run(write(store, more[0], more[1].encode()))
         print(flush=True)
@@ -407,9 +411,105 @@ def test_copy_caches_nothing_where_its_place_is_in_use_for_another_source(
             assert one("get", "a") == "1"
         one("set", "a", "2")
         assert one("get", "a") == "2"
-    lines = [line for line in one.said.splitlines() if "holds the cache of another" in line]
+    lines = {line for line in one.said.splitlines() if "holds the cache of another" in line}
     assert len(lines) == 1
-    assert "source_id=" in lines[0]
+    assert "source_id=" in lines.pop()
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "options"),
+    [
+        (memory, pool_in_memory, {}),
+        (memory, pool_in_memory, {"source_id": "given"}),
+        (memory, pool, {}),
+        (own, directory, {}),
+        (fsspec_memory, pool, {}),
+    ],
+)
+def test_what_a_worker_wrote_comes_back_with_its_copy(
+    kind: Callable[[], Store],
+    place: Callable[[Path], Any],
+    options: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """As with a plain store: it is in the copy, and not in the original."""
+    store = CacheStore(kind(), cache_store=place(tmp_path), **options)
+    for key in ("a", "b"):
+        asyncio.run(write(store, key, b"here"))
+    with Worker(store) as one:
+        one("set", "a", "there")
+        back = pickle.loads(bytes.fromhex(one("dump")))
+        again = pickle.loads(bytes.fromhex(one("dump")))
+    comes = kind is not fsspec_memory
+    for _ in range(2):
+        assert asyncio.run(read_through(back, "a")) == (b"there" if comes else b"here")
+        assert asyncio.run(read_through(back, "b")) == b"here"
+        assert asyncio.run(read_through(store, "a")) == b"here"
+    asyncio.run(write(back, "b", b"back"))
+    assert asyncio.run(read_through(store, "b")) == (b"here" if comes else b"back")
+    assert asyncio.run(read_through(again, "b")) == (b"here" if comes else b"back")
+
+
+def test_what_a_worker_wrote_to_a_users_own_comes_back_with_its_copy() -> None:
+    store = CacheStore(DictStore())
+    asyncio.run(write(store, "a", b"here"))
+    with Worker(store) as one:
+        one("set", "a", "there")
+        back = pickle.loads(bytes.fromhex(one("dump")))
+    assert asyncio.run(read_through(back, "a")) == b"there"
+
+
+def test_what_workers_wrote_to_sessions_of_icechunk_can_be_merged(tmp_path: Path) -> None:
+    icechunk = pytest.importorskip("icechunk")
+    storage = icechunk.local_filesystem_storage(str(tmp_path / "repository"))
+    repository = icechunk.Repository.create(storage)
+    session = repository.writable_session("main")
+    zarr.create_group(session.store)
+    session.commit("first")
+    session = repository.writable_session("main")
+    store = CacheStore(session.fork().store)
+    with Worker(store) as one:
+        # Each is a session of its own, in one process as well.
+        one("set", "a/zarr.json", GROUP)
+        back = [one("dump")]
+        one.load(store)
+        assert one("get", "a/zarr.json") == ""
+        one("set", "b/zarr.json", GROUP)
+        back.append(one("dump"))
+    session.merge(*(pickle.loads(bytes.fromhex(each))._store.session for each in back))
+    for key in ("a/zarr.json", "b/zarr.json"):
+        assert asyncio.run(session.store.exists(key))
+
+
+def test_copies_of_memory_that_come_one_by_one_are_as_they_were_sent() -> None:
+    """Those of one pickle are one."""
+    store = CacheStore(memory())
+    asyncio.run(write(store, "a", b"sent"))
+    packed = pickle.dumps([store, store.with_read_only(True)])
+    del store
+    gc.collect()
+    first, view = pickle.loads(packed)
+    others = pickle.loads(packed)
+    asyncio.run(write(first, "a", b"mine"))
+    assert asyncio.run(read_through(view, "a")) == b"mine"
+    assert asyncio.run(read_through(pickle.loads(pickle.dumps(first)), "a")) == b"mine"
+    for other in (*others, *pickle.loads(packed)):
+        assert asyncio.run(read_through(other, "a")) == b"sent"
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_forked_child_has_equal_copies_of_what_has_no_name() -> None:
+    pytest.importorskip("aiohttp")
+    store = CacheStore(FsspecStore.from_url("https://node/a?set=1"))
+
+    def child(_: Any) -> None:
+        copied = pickle.loads(pickle.dumps(store))
+        assert copied == store
+        assert store == copied
+
+    with forked(child):
+        pass
 
 
 def test_copies_in_other_processes_have_the_name_that_was_given(tmp_path: Path) -> None:

@@ -6,14 +6,17 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from zarr.abc.store import Store
 from zarr.core.buffer.cpu import Buffer
 from zarr.storage import LocalStore, LoggingStore, MemoryStore, WrapperStore
 
+from doubles import DictStore
 from zcache._source.copies import is_equal, source_of_copy, without_contents
 from zcache._source.identity import SourceId, identify
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -42,27 +45,27 @@ def memory(value: bytes = b"1") -> MemoryStore:
     return MemoryStore({"a": Buffer.from_bytes(value)})
 
 
-def test_source_of_copy_at_home_is_the_original() -> None:
-    for source, copied in [(memory(), memory(b"2")), (Own(memory()), Own(memory(b"2")))]:
-        assert source_of_copy(Cache(source), copied) is source
+@pytest.mark.parametrize("kind", [memory, lambda: Own(memory()), DictStore])
+def test_source_of_copy_at_home_is_the_original(kind: Callable[..., Store]) -> None:
+    source, copied = kind(), kind()
+    assert source_of_copy(Cache(source), copied, is_first=True) is source
 
 
-def test_source_of_copy_elsewhere_is_one_that_holds_the_same() -> None:
-    arrived = memory()
-    assert source_of_copy(Cache(arrived, home=None), memory()) is arrived
-    for other in (memory(b"2"), MemoryStore()):
-        assert source_of_copy(Cache(arrived, home=None), other) is None
+def test_source_of_copy_that_was_elsewhere_is_its_own() -> None:
+    source, copied = DictStore(), DictStore()
+    for home, is_first in ((None, True), (None, False), (os.getpid(), False)):
+        assert source_of_copy(Cache(source, home=home), copied, is_first=is_first) is copied
 
 
 def test_source_of_copy_of_a_source_with_a_name_is_its_own(tmp_path: Path) -> None:
     copied = LocalStore(tmp_path)
-    assert source_of_copy(Cache(LocalStore(tmp_path)), copied) is copied
+    assert source_of_copy(Cache(LocalStore(tmp_path)), copied, is_first=True) is copied
 
 
 def test_source_of_copy_of_a_source_with_another_name_by_now_is_none(tmp_path: Path) -> None:
     """An environment, or a link, may have changed since."""
     arrived = Cache(LocalStore(tmp_path / "one"), home=None)
-    assert source_of_copy(arrived, LocalStore(tmp_path / "two")) is None
+    assert source_of_copy(arrived, LocalStore(tmp_path / "two"), is_first=True) is None
 
 
 def test_is_equal_of_stores_with_one_path(tmp_path: Path) -> None:
@@ -77,7 +80,7 @@ def test_is_equal_of_stores_with_one_path(tmp_path: Path) -> None:
 
 def test_source_of_copy_keeps_whether_it_is_read_only() -> None:
     source = memory()
-    found = source_of_copy(Cache(source), memory().with_read_only(True))
+    found = source_of_copy(Cache(source), memory().with_read_only(True), is_first=True)
     assert found is not None
     assert found.read_only
     assert isinstance(found, MemoryStore)
@@ -94,10 +97,11 @@ def test_without_contents_empties_memory_behind_wrappers(tmp_path: Path) -> None
     assert without_contents(local) is local
 
 
-def test_source_of_copy_that_cannot_be_read_only_is_the_copy() -> None:
+@pytest.mark.parametrize("error", [NotImplementedError, ValueError])
+def test_source_of_copy_that_cannot_be_read_only_is_none(error: type[Exception]) -> None:
     class Fixed(Own):
         def with_read_only(self, read_only: bool = False) -> Any:
-            raise NotImplementedError
+            raise error
 
     copied = Fixed(memory().with_read_only(True))
-    assert source_of_copy(Cache(Fixed(memory())), copied) is copied
+    assert source_of_copy(Cache(Fixed(memory())), copied, is_first=True) is None

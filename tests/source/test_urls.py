@@ -110,8 +110,11 @@ def test_redact_strips_each_link_of_a_chain(
 
 _AROUND = st.lists(
     st.sampled_from(
-        [*" \n'\"`<>()[]{}=,;|&:.@/?#%-", "://", "::", "->", "a", "80", "me@here", "x:y", "\\"]
-        + ["http://node", "https://node:80/a", "zip://a::", "s3://b/a@1?x=1", "HTTPStore(bucket="]
+        [
+            *" \n'\"`<>()[]{}=,;|&:.@/?#%-",
+            *("://", "::", "->", "a", "80", "me@here", "x:y", "\\", "HTTPStore(bucket="),
+            *("http://node", "https://node:80/a", "zip://a::", "s3://b/a@1?x=1"),
+        ]
     ),
     max_size=6,
 ).map("".join)

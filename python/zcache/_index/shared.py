@@ -127,12 +127,13 @@ class SharedIndex:
             return False
         return self.cache() is not None
 
-    def join(self, member: Member) -> None:
+    def join(self, member: Member, *, has_come: bool = False) -> None:
         """Use it as well; the strictest limits are in force, so that none is exceeded.
 
-        The maximum age of a look-up is each store's own; what is too old for all of them goes first.
+        The maximum age of a look-up is each store's own; what is too old for all of them goes first. See `choose_policy` for
+        `has_come`.
         """
-        choose_policy(self.handle, member)
+        choose_policy(self.handle, member, has_come=has_come)
         self._members.add(member)
         self.handle.users.add(member)
         self._set_limits()
@@ -200,11 +201,11 @@ class Member:
         self.limits = limits
 
 
-def choose_policy(handle: Handle, member: Member) -> bool:
-    """Go by the policy of a new member, unless others use another one; then the member is told.
+def choose_policy(handle: Handle, member: Member, *, has_come: bool = False) -> bool:
+    """Go by the policy of a new member, unless others use another one; then a warning says so.
 
     As one of `handle.users`, which is for the caller to do, it holds others to the policy in force. Returns whether that is
-    its own.
+    its own. Of one that has come in a pickle the log says so: a warning may be an error, which ends an executor.
     """
     wanted = in_force = _policy_of(member.limits)
     for _ in lingering.looks():
@@ -226,8 +227,21 @@ def choose_policy(handle: Handle, member: Member) -> bool:
     # To ask in vain holds others to nothing.
     handle.apply_limits()
     message = _other_policy(handle.name, wanted, in_force)
-    warnings.warn(message, UserWarning, stacklevel=_level_of_user())
+    if has_come:
+        say_once(message)
+    else:
+        warnings.warn(message, UserWarning, stacklevel=_level_of_user())
     return False
+
+
+_said: Final[set[str]] = set()
+
+
+def say_once(message: str) -> None:
+    """Log a warning, once in this process: each copy that comes may be a reason for it."""
+    if message not in _said:
+        _said.add(message)
+        logger.warning("%s", message)
 
 
 def policy_in_force(handle: Handle, timeout: float = LOCK_TIMEOUT) -> tuple[Policy, Minimised]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
+from zcache._source.answers import ask
 from zcache._source.identity import identify
-from zcache._source.location import held_by, innermost, protocol_of, unwrapped
+from zcache._source.location import held_by, innermost, protocol_of, unwrapped, values_of
 
 if TYPE_CHECKING:
     from zcache._source.identity import SourceId
@@ -64,29 +65,34 @@ def is_equal(one: Store, other: Store) -> bool:
     return False
 
 
-def source_of_copy(original: Original, store: Store) -> Store | None:
-    """What a copy of a `CacheStore` reads from that came with this source and meets its original.
+def source_of_copy(original: Original, store: Store, *, is_first: bool) -> Store | None:
+    """What a copy of a `CacheStore` reads from that came with this source and meets the cache of its original.
 
-    The copy of a source in memory is other data, and must not share a cache with it: at home the copy
-    reads the original, elsewhere one that still holds the same. None where there is none.
+    Parameters
+    ----------
+    original : Original
+        The cache.
+    store : Store
+        What has come.
+    is_first : bool
+        Whether the original has sent it, not one of its copies.
+
+    Returns
+    -------
+    Store or None
+        What the original reads, where it is in this process and has no name: a copy of it may be other data. One that was
+        elsewhere may have been written to there. None if it needs a cache of its own: this one is of another source by now,
+        or the original cannot be opened as the copy was.
     """
-    inner, mine = innermost(store), innermost(original.source)
-    at_home = original.home == os.getpid()
-    if isinstance(inner, MemoryStore):
-        if not at_home and not (isinstance(mine, MemoryStore) and _same_values(mine, inner)):
-            return None
-    elif not original.source_id.is_ephemeral:
-        return store if _has_name(store, original) else None
-    elif not at_home:
-        return store
-    # A user's own that has no name may keep its values in memory as well.
     source = original.source
+    if not original.source_id.is_ephemeral and values_of(source) is None:
+        return store if _has_name(store, original) else None
+    if not is_first or original.home != os.getpid():
+        return store
     if source.read_only == store.read_only:
         return source
-    try:
-        return source.with_read_only(store.read_only)
-    except NotImplementedError:
-        return store
+    # A class of a user's own may raise anything.
+    return ask(lambda: source.with_read_only(store.read_only))
 
 
 def _has_name(store: Store, original: Original) -> bool:
@@ -96,12 +102,3 @@ def _has_name(store: Store, original: Original) -> bool:
     if held_by(unwrapped(store)) == held_by(unwrapped(original.source)):
         return True
     return identify(store).name == original.source_id.name
-
-
-def _same_values(one: MemoryStore, other: MemoryStore) -> bool:
-    mine, theirs = one._store_dict, other._store_dict
-    if mine is theirs:
-        return True
-    return mine.keys() == theirs.keys() and all(
-        value.to_bytes() == theirs[key].to_bytes() for key, value in mine.items()
-    )

@@ -8,7 +8,7 @@ import uuid
 import weakref
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, ZipStore
+from zarr.storage import FsspecStore, LocalStore, ObjectStore, ZipStore
 
 from zcache._runtime.fork import at_fork
 from zcache._source.answers import ask
@@ -26,6 +26,7 @@ from zcache._source.location import (
     protocol_below,
     protocol_of,
     unwrapped,
+    values_of,
     zip_path,
 )
 from zcache._source.settled import is_settled, settled
@@ -126,10 +127,11 @@ def same_source(one: tuple[Any, SourceId], other: tuple[Any, SourceId]) -> bool:
         if my_id.name == their_id.name:
             return True
         my_id, their_id = identify(mine), identify(theirs)
-    if my_id.is_ephemeral and their_id.is_ephemeral:
-        # Not by name: what knows no weak references has another one each time.
-        return held_by(unwrapped(mine)) == held_by(unwrapped(theirs))
-    return my_id.name == their_id.name
+    if my_id.name == their_id.name:
+        return True
+    # What knows no weak references has another name each time.
+    are_ephemeral = my_id.is_ephemeral and their_id.is_ephemeral
+    return are_ephemeral and held_by(unwrapped(mine)) == held_by(unwrapped(theirs))
 
 
 # ------------------------------------------------------------------------------- in this process
@@ -145,14 +147,12 @@ def keeps_values_in_process(store: Any) -> bool:
 
 
 def _keeps_values(store: Any) -> bool:
-    if isinstance(store, MemoryStore):
+    if values_of(store) is not None:
         return True
     if isinstance(store, FsspecStore):
         return protocol_below(store) == "memory"
-    if (bucket := bucket_of(store)) is not None:
-        return type(bucket).__name__ == "MemoryStore"
-    is_session = kind_of(store) == ("icechunk.store", "IcechunkStore")
-    return is_session and not store.session.read_only
+    bucket = bucket_of(store)
+    return bucket is not None and type(bucket).__name__ == "MemoryStore"
 
 
 def _leads_there(store: Any) -> bool:

@@ -310,6 +310,21 @@ def _held(store: Any) -> tuple[Hashable, ...]:
     return "store", id(store)
 
 
+def values_of(store: Any) -> tuple[Hashable, ...] | None:
+    """What holds the values of a store that go along with its pickle, here; None where a copy reads what all others read.
+
+    A dict, or a session of icechunk that can be written: what is done to the one is not seen in copies elsewhere.
+    """
+    return ask(lambda: _values_of(innermost(store)))
+
+
+def _values_of(store: Any) -> tuple[Hashable, ...] | None:
+    if isinstance(store, MemoryStore):
+        return "dict", id(store._store_dict)
+    is_session = kind_of(store) == ("icechunk.store", "IcechunkStore")
+    return held_by(store) if is_session and not store.session.read_only else None
+
+
 def _path_in(store: Any) -> str:
     """Where in its dict a store in memory keeps its values."""
     path = getattr(store, "path", "")

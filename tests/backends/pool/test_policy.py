@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -51,6 +52,30 @@ async def test_stores_over_a_pool_go_by_its_policy(where: Path | None, eviction:
     if eviction != "adaptive":
         assert stores[0].is_cached("k0") == (eviction == "none")
     await check_quiet(stores[0])
+
+
+@pytest.mark.parametrize("kind", ["store", "pool", "directory"])
+def test_copy_with_another_policy_says_so_in_the_log(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning may be an error, which ends the worker that unpickles its task."""
+    options: dict[str, Any] = {"eviction": "none"}
+    place: Any = tmp_path if kind == "directory" else CachePool(tmp_path)
+    if kind == "pool":
+        place = CachePool(tmp_path, eviction="none")
+    made = place if kind == "pool" else store_over(place, "1", **options)
+    packed = pickle.dumps(made)
+    del made, place
+    gc.collect()
+    place = tmp_path if kind == "directory" else CachePool(tmp_path, eviction="lru")
+    used = store_over(place, "1", eviction="lru")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copies = [pickle.loads(packed) for _ in range(2)]
+    found = [record for record in caplog.records if "is in use with" in record.getMessage()]
+    assert len(found) == 1
+    assert used.eviction == "lru"
+    del copies
 
 
 def test_store_with_another_policy_than_that_of_its_pool_is_told(where: Path | None) -> None:

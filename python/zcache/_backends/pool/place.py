@@ -126,7 +126,7 @@ class Pool:
             "minimise": options.minimise or DEFAULT_MINIMISED,
         }
         member = Member(wanted)
-        if choose_policy(self.handle, member):
+        if choose_policy(self.handle, member, has_come=store.has_come):
             self._policy = wanted
             store.policy = member
             self._policies.add(member)

@@ -30,6 +30,8 @@ class PoolStore(LocalStore):
         The pool that was opened for it, wherever its path leads later.
     policy : object
         By which it holds that pool to its policy, as long as it lives.
+    has_come : bool
+        Whether it has come in a pickle.
     """
 
     def __init__(self, root: Path | str, options: PoolOptions, *, read_only: bool = False) -> None:
@@ -37,6 +39,7 @@ class PoolStore(LocalStore):
         self.options = options
         self.pool: Any = None
         self.policy: object = None
+        self.has_come = False
 
     def __repr__(self) -> str:
         return f"CachePool({str(self.root)!r})"
@@ -61,6 +64,7 @@ class PoolMemoryStore(MemoryStore):
         self.options = options
         self.pool: Any = None
         self.policy: object = None
+        self.has_come = False
 
     def __repr__(self) -> str:
         return "CachePool()"
@@ -76,4 +80,6 @@ class PoolMemoryStore(MemoryStore):
 
 
 def _again(root: str, options: PoolOptions, read_only: bool) -> PoolStore:
-    return PoolStore(root, options, read_only=read_only)
+    store = PoolStore(root, options, read_only=read_only)
+    store.has_come = True
+    return store
