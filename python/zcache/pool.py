@@ -17,6 +17,7 @@ from zcache._backends.pool.register import label_of, note_of, stand_in
 from zcache._backends.pool.select import pool_of
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._cache import drain_source, open_sources
+from zcache._index.shared import say_once
 from zcache._options import (
     capacity_of,
     check_eviction,
@@ -37,7 +38,13 @@ from zcache._runtime.tracebacks import clear_frames
 from zcache._source.describe import describe
 from zcache._source.identity import identify, location_named
 from zcache._source.location import Location, innermost, location_here, places_overlap
-from zcache.exceptions import CacheUnreachableError, OptionTypeError, OptionValueError, UsageError
+from zcache.exceptions import (
+    CacheOwnershipError,
+    CacheUnreachableError,
+    OptionTypeError,
+    OptionValueError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     import os
@@ -160,8 +167,18 @@ class CachePool:
 
     def _use(self, store: PoolStore | PoolMemoryStore) -> None:
         self._store = store
-        self._pool: Pool = pool_of(store)
-        self._pool.objects.add(self)
+        self._opened: Pool | None = None
+        self._open()
+
+    def _open(self) -> Pool:
+        self._opened = pool_of(self._store)
+        self._opened.objects.add(self)
+        return self._opened
+
+    @property
+    def _pool(self) -> Pool:
+        """What it stands for; where that could not be opened as it came in a pickle, each use tries again."""
+        return self._opened or self._open()
 
     @property
     def path(self) -> str | None:
@@ -179,16 +196,25 @@ class CachePool:
 
     def __eq__(self, other: object) -> bool:
         """Whether both are one pool."""
-        return isinstance(other, CachePool) and self._pool is other._pool
+        return isinstance(other, CachePool) and self._place == other._place
 
     def __hash__(self) -> int:
-        return hash(self._pool)
+        # A pool that could not be opened may be later. It may be a key in what is unpickled, so nothing is opened here.
+        return hash(CachePool)
+
+    @property
+    def _place(self) -> Pool | str | None:
+        return self._opened or self.path
 
     def __getstate__(self) -> PoolStore | PoolMemoryStore:
         return self._store
 
     def __setstate__(self, store: PoolStore | PoolMemoryStore) -> None:
-        self._use(store)
+        try:
+            self._use(store)
+        except CacheOwnershipError as error:
+            # It would end an executor that unpickles its task.
+            say_once(f"a copy of a CachePool cannot be used in this process: {error}")
 
     def cache_info(self) -> dict[str, Any]:
         """Describe what it holds.

@@ -576,6 +576,35 @@ def test_pool_pickles_by_its_path(tmp_path: Path) -> None:
     assert repr(copy) == repr(pool) == f"CachePool({str(tmp_path / 'pool')!r}, max_size=1000000)"
 
 
+def test_pool_that_comes_where_its_directory_is_anothers_fails_at_its_use(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error as it is unpickled would end the worker that has it in a task."""
+    where = tmp_path / "pool"
+    packed = pickle.dumps({CachePool(where, max_size=10**6): 1})
+    gc.collect()
+    shutil.rmtree(where)
+    where.mkdir()
+    (where / "other").write_bytes(b"1")
+    for _ in range(2):
+        (copy,) = pickle.loads(packed)
+    assert len([one for one in caplog.records if "copy of a CachePool" in one.getMessage()]) == 1
+    assert copy == next(iter(pickle.loads(packed)))
+    assert copy != CachePool()
+    assert repr(copy) == f"CachePool({str(where)!r}, max_size=1000000)"
+    for use in (
+        copy.cache_info,
+        copy.sources,
+        lambda: CacheStore(source_of(), cache_store=copy),
+        lambda: zcache.open(source_of(), cache=copy),
+    ):
+        with pytest.raises(CacheOwnershipError, match="was not made by zcache"):
+            use()
+    (where / "other").unlink()
+    assert copy.cache_info()["entries"] == 0
+    assert {copy: 1} == {CachePool(where): 1}
+
+
 async def test_pool_in_memory_travels_empty() -> None:
     pool = CachePool(max_size=100)
     store = CacheStore(source_of(k=b"1"), cache_store=pool, source_id="s")
