@@ -770,7 +770,8 @@ def test_copies_of_one_array_share_their_chunks(kind: str, tmp_path: Path) -> No
     gc.collect()
     first, second = pickle.loads(pickled), pickle.loads(pickled)
     assert hits(first) == 2
-    assert hits(second) == 4
+    # Without the original each copy of a dict is a dict of its own.
+    assert hits(second) == (2 if kind == "memory" else 4)
     other = with_decoded_cache(zarr.open_array(first.store._store), "1MB")
     assert hits(other) == 2
 
