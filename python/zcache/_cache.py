@@ -355,7 +355,11 @@ def find_or_make(
         if shared is not None:
             return cache, shared
         token = uuid.uuid4().hex
-        cache = _by_token.find_or_make(token, partial(make, token))
+        if cache.source_id.is_ephemeral:
+            options = replace(options, source_id=None)
+        cache = _by_token.find_or_make(
+            token, partial(_arrived, source, cache_store, options, token)
+        )
     return cache, source
 
 

@@ -275,6 +275,23 @@ async def test_listed_store_no_change_waits_for_all_tombstones(
     cache.heal()
 
 
+async def test_listed_store_that_is_slow_takes_the_tombstones_of_each_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is answered too late, so the circuit breaker is open for those after it."""
+    cache = StoreDouble(remote(tmp_path))
+    store = await over(tmp_path, cache)
+    for key in ("a", "b", "c"):
+        await write(store, key, b"0123456789")
+    monkeypatch.setattr("zcache._backends.store.backend.DELETE_TIMEOUT", 0.05)
+    cache.fail("delete", OSError(5, "no"))
+    cache.delay("set", 0.1)
+    for key in ("a", "b", "c"):
+        await store.delete(key)
+    await until(lambda: len(marks_of(tmp_path, DROPPED)) == 3)
+    cache.heal()
+
+
 async def test_listed_store_value_is_marked_while_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

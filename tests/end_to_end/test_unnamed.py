@@ -450,13 +450,22 @@ def test_what_a_worker_wrote_comes_back_with_its_copy(
     assert asyncio.run(read_through(again, "b")) == (b"here" if comes else b"back")
 
 
-def test_what_a_worker_wrote_to_a_users_own_comes_back_with_its_copy() -> None:
-    store = CacheStore(DictStore())
-    asyncio.run(write(store, "a", b"here"))
+@pytest.mark.parametrize("kind", ["memory", "directory", "pool"])
+def test_what_a_worker_wrote_to_a_users_own_comes_back_with_its_copy(
+    kind: str, tmp_path: Path
+) -> None:
+    place: Any = MemoryStore() if kind == "memory" else tmp_path
+    store = CacheStore(DictStore(), cache_store=CachePool(place) if kind == "pool" else place)
+    for key in ("a", "b"):
+        asyncio.run(write(store, key, b"here"))
     with Worker(store) as one:
         one("set", "a", "there")
         back = pickle.loads(bytes.fromhex(one("dump")))
     assert asyncio.run(read_through(back, "a")) == b"there"
+    asyncio.run(write(back, "b", b"back"))
+    if kind == "memory":
+        assert asyncio.run(read_through(store, "a")) == b"here"
+    assert asyncio.run(read_through(store, "b")) == b"here"
 
 
 def test_what_workers_wrote_to_sessions_of_icechunk_can_be_merged(tmp_path: Path) -> None:

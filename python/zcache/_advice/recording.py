@@ -277,12 +277,14 @@ class RequestWriter:
             with errors_name(self._path):
                 file = self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115 - closed when it ends
                 self._append(self._head(0))
+            # First: a child that is forked from here on has to hear of it.
+            _writers.add(self)
             self._hits.hook.attach(self, self._hits)
             self._start()
-            _writers.add(self)
         except BaseException as error:
             self.drop()
             self._told.clear()
+            self._has_stopped.set()
             if file is not None:
                 file.close()
                 with contextlib.suppress(OSError):

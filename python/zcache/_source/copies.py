@@ -80,15 +80,17 @@ def source_of_copy(original: Original, store: Store, *, is_first: bool) -> Store
     Returns
     -------
     Store or None
-        What the original reads, where it is in this process and has no name: a copy of it may be other data. One that was
-        elsewhere may have been written to there. None if it needs a cache of its own: this one is of another source by now,
-        or the original cannot be opened as the copy was.
+        What the original reads, where it is in this process and has no name: a copy of it may be other data. None if it
+        needs a cache of its own: this one is of another source by now, the copy comes back from elsewhere, where it may have
+        been written to, or the original cannot be opened as the copy was.
     """
     source = original.source
     if not original.source_id.is_ephemeral and values_of(source) is None:
         return store if _has_name(store, original) else None
-    if not is_first or original.home != os.getpid():
+    if original.home != os.getpid():
         return store
+    if not is_first:
+        return None
     if source.read_only == store.read_only:
         return source
     # A class of a user's own may raise anything.

@@ -17,12 +17,15 @@ _LINK: Final = rf"::(?={_SCHEME}(?:://|::))"
 _QUOTE: Final = r"""['"`](?=:?['"`]?[a-z0-9%@])"""
 """A quotation mark that ends nothing: one that does is not followed by a word."""
 _END_OF_HOST: Final = (
-    rf"""//|(?<=//[a-z]:)\\|[0-9]+[/?#]|[0-9]*(?!{_QUOTE})['"`]"""
+    rf"""//|(?<=//[a-z]:)\\|(?<=file://[a-z]:)/|[0-9]+[/?#]|[0-9]*(?!{_QUOTE})['"`]"""
     rf"""|[0-9]*[^\w\s%@'"`]*(?!{_QUOTE})(?:\s|['"`]|$)|[0-9]*[^\w\s%@]+{_SCHEME}(?:://|::)"""
 )
 """What follows the first colon of a URL without a user: a port, the end of a word, another URL, or a path of Windows."""
+_MORE_OF_IT: Final = r"(?:(?:(?!://)[^\s@?#])*@)*(?:(?:(?!://)[^\s@])*@(?:(?!://)\S)*)?"
+"""What may be the rest of a password with a slash or the like: up to the last ``@`` of the word; if that is in its query, all of it."""
 _USER: Final = re.compile(
-    rf"""(?:(?:[^\s/'"<>`?#]|{_QUOTE})*@|(?!\[|arn:)[^\s/?#@:(]*:(?!{_END_OF_HOST})[^@\n]*@)+""",
+    rf"""(?:(?:[^\s/'"<>`?#]|{_QUOTE})*@"""
+    rf"""|(?!\[|arn:)[^\s/?#@:(]*:(?!{_END_OF_HOST})(?:[^@\s/?#<>'"`]*@|[^@\n]*@{_MORE_OF_IT}))+""",
     re.IGNORECASE,
 )
 """User information: up to the last ``@`` before a slash; after a user, and what is no port, up to the next one in the line."""
@@ -69,9 +72,8 @@ def redact(text: str) -> str:
 
 
 def _redact(text: str) -> str:
-    return _URL.sub(
-        lambda found: found["url"] or without_user(found["place"]), _USERS.sub("", text)
-    )
+    shown = _USERS.sub("", text) if "@" in text else text
+    return _URL.sub(lambda found: found["url"] or without_user(found["place"]), shown)
 
 
 def hide(text: str, secrets: Iterable[str]) -> str:

@@ -188,7 +188,9 @@ class StoreBackend(Backend):
             outcome = [error] * len(victims)
         dropped, failed = self.sort(victims, outcome)
         await confirm(io, ignore, Index.confirm_deletes, dropped, failed)
-        if failed and self.breaker.allows("write"):
+        if failed:
+            # One that is no more than slow takes those of each change.
+            until = until if self.breaker.allows("write") else -math.inf
             await self.add_tombstones(io, names_of(victims, failed), until)
 
     def release_unknown(self) -> None:
@@ -204,8 +206,8 @@ class StoreBackend(Backend):
     async def add_tombstones(self, io: IO, names: Sequence[str], until: float = math.inf) -> None:
         """Leave tombstones for values that are not valid any more but could not be deleted.
 
-        Waits for all of them together for `DELETE_TIMEOUT`, and no longer than `until` on the monotonic clock; those
-        that are not written by then are written without it.
+        Waits for all of them together for `DELETE_TIMEOUT`, and no longer than `until` on the monotonic clock, which may be
+        past; those that are not written by then are written without it.
         """
         if not self.outlives_process:
             return
