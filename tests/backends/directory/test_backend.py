@@ -234,59 +234,6 @@ async def test_no_write_waits_for_deletes_that_were_not_answered_before(
     await until(lambda: _is_cached_again(store, "c/1"))
 
 
-@pytest.mark.parametrize("what", ["invalidate", "delete_dir", "set", "cancelled"])
-async def test_removal_by_name_that_is_answered_late_takes_no_newer_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    """The index knows nothing of it, so until it has ended nothing is filled there."""
-    source = MemoryStore({"a/0": buf(b"old"), "a/1": buf(b"other")})
-    store, _ = open_store(tmp_path, source)
-    await read(store, "a/0")
-    await drained(store)
-    go, has_begun, has_ended = (threading.Event() for _ in range(3))
-
-    def hang(work: Any, *args: Any) -> Any:
-        has_begun.set()
-        assert go.wait(120)
-        try:
-            return work(*args)
-        finally:
-            has_ended.set()
-
-    directory = store._cache.backend
-    monkeypatch.setattr(directory, "_remove_below", partial(hang, directory._remove_below))  # type: ignore[attr-defined]
-    monkeypatch.setattr(backend, "remove_key", partial(hang, backend.remove_key))
-    # As if its file were there still.
-    monkeypatch.setattr(backend, "is_absent", lambda *_: False)
-    # It is not left alone for that.
-    monkeypatch.setattr(directory.breaker, "failed", lambda *_: None)
-    monkeypatch.setattr(backend, "DELETE_TIMEOUT", 60 if what == "cancelled" else 0.01)
-    if what == "set":
-        await store.set("a/0", buf(b"new"))
-    elif what == "cancelled":
-        waiting = asyncio.create_task(store.invalidate("a"))
-        await until(has_begun.is_set)
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-    else:
-        await getattr(store, what)("a")
-    source._store_dict["a/0"] = buf(b"new")
-    assert await read(store, "a/0") == b"new"
-    await drained(store)
-    assert has_begun.is_set()
-    assert not has_ended.is_set()
-    assert not store.is_cached("a/0")
-    await read(store, "b")
-    await check_invariants_async(store)
-    go.set()
-    await until(has_ended.is_set)
-    await drained(store)
-    await check_quiet(store)
-    await until(lambda: _is_cached_again(store, "a/0"))
-    await check_quiet(store)
-
-
 async def test_delete_that_a_cancelled_reader_leaves_is_counted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,11 +202,9 @@ class DirectoryBackend(Backend):
                 self._could_not_tell(error, begins=False)
 
         try:
-            outcome = run_in_background(tell, self.shared.threads)
+            run_in_background(tell, self.shared.threads)
         except RuntimeError:  # No thread now.
             tell()
-        else:
-            self._leave_unfilled(prefix, outcome)
 
     def _leaves_alone(self) -> bool:
         """Whether the directory is another source's by now."""
@@ -223,29 +221,20 @@ class DirectoryBackend(Backend):
             self._directory.recovery.come_back()
 
         def remove() -> None:
-            names = [name for name, _ in self._remove_counted(work)]
-            self._add_tombstones(names)
+            if tells:
+                self._tell_and_remove(prefix, work, begins=begins)
+            else:
+                names = [name for name, _ in self._remove_counted(work)]
+                self._add_tombstones(names)
 
         if not tells:
-            await self._remove_unasked(io, prefix, remove)
+            await self._remove_unasked(io, remove)
             return
-        ended = Latch()
-
-        def tell() -> None:
-            try:
-                self._tell_and_remove(prefix, work, begins=begins)
-            finally:
-                ended.set()
-
         try:
             try:
-                await io.in_thread(
-                    tell, lambda _: ended.set(), timeout=DELETE_TIMEOUT, progress=self._progress
-                )
+                await io.in_thread(remove, ignore, timeout=DELETE_TIMEOUT, progress=self._progress)
             except NoThreadError:
-                tell()
-            finally:
-                self._leave_unfilled(prefix, ended)
+                remove()
         except (TimeoutError, OSError) as error:
             if begins:
                 # The index has dropped what stays.
@@ -253,27 +242,10 @@ class DirectoryBackend(Backend):
             self._could_not_tell(error, begins=begins)
         self._directory.note_change(prefix)
 
-    async def _remove_unasked(self, io: IO, prefix: str, work: Callable[[], object]) -> None:
+    async def _remove_unasked(self, io: IO, work: Callable[[], object]) -> None:
         """Remove files by their names, and wait for that as long as they are removed."""
-        if self.shared.threads.are_behind(MOST_BEHIND):
-            return
-        outcome = self._begin_deletes(work)
-        try:
-            await self._have_ended(io, outcome, self._progress)
-        finally:
-            self._leave_unfilled(prefix, outcome)
-
-    def _leave_unfilled(self, prefix: str, ended: Latch) -> None:
-        """Have nothing filled at and below a prefix until a removal by names has ended: a new file would go with the old ones."""
-        if ended.is_set:
-            return
-        handle = self.shared.handle
-
-        def end() -> None:
-            handle.call_later(ignore, Index.invalidate, prefix, False)
-
-        # Not before its beginning, which may have to wait.
-        handle.call_later(lambda _: ended.call_when_set(end), Index.invalidate, prefix, True)
+        if not self.shared.threads.are_behind(MOST_BEHIND):
+            await self._have_ended(io, self._begin_deletes(work), self._progress)
 
     def _tell_and_remove(
         self, prefix: str, work: Callable[[], list[tuple[str, OSError]]], *, begins: bool
@@ -382,7 +354,7 @@ class DirectoryBackend(Backend):
             )
         elif self._directory.layout.access is Access.FILLS:
             await self._remove_unasked(
-                io, prefix, lambda: self._remove_counted(lambda: self._remove_below(prefix))
+                io, lambda: self._remove_counted(lambda: self._remove_below(prefix))
             )
 
     def _progress(self) -> int:
