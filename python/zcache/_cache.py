@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import threading
@@ -66,7 +65,6 @@ if TYPE_CHECKING:
     from zcache._types import Minimised, Policy
 
 
-logger = logging.getLogger("zcache")
 _AT_ONCE: Final = 1000
 """Values of which the sample is told in one step of the index."""
 

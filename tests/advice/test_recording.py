@@ -253,6 +253,25 @@ async def test_interrupt_anywhere_leaves_no_recording_that_cannot_be_ended(tmp_p
     assert at
 
 
+def test_child_that_is_forked_while_a_recording_begins_can_have_one_of_its_own(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It went on with that of its parent, without a thread that writes."""
+    store = CacheStore(source_of(1))
+    start, codes = recording.RequestWriter._start, list[int]()
+
+    def forks_first(writer: Any) -> None:
+        monkeypatch.undo()
+        codes.append(run(lambda: store.record(tmp_path / "of the child").close()))
+        start(writer)
+
+    monkeypatch.setattr(recording.RequestWriter, "_start", forks_first)
+    with store.record(path):
+        value_sync(store, "a/c/0")
+    assert codes == [0]
+    assert len(rows_of(path)) == 1
+
+
 async def test_recording_one_at_a_time(path: Path) -> None:
     store = CacheStore(source_of(1))
     with store.record(path):

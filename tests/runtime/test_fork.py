@@ -99,3 +99,12 @@ def test_a_callback_that_raises_leaves_no_other_out(
 
     monkeypatch.setattr(fork, "_callbacks", [fails, lambda: ran.append("last")])
     assert forks.run(child) == 0
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_can_fork_as_well() -> None:
+    def child() -> None:
+        assert forks.run(lambda: None) == 0
+
+    assert forks.run(child) == 0

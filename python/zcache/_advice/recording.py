@@ -232,10 +232,6 @@ class RequestWriter:
 
     Raises
     ------
-    RecordingExistsError
-        If there is such a file.
-    OSError
-        If it cannot be made.
     OptionTypeError, OptionValueError
         If no file can have such a path.
     """
@@ -270,14 +266,24 @@ class RequestWriter:
         self._about = {**about, "anonymous": anonymous}
 
     def begin(self) -> None:
-        """Make the file, and take requests from now on; whatever it raises, nothing is left of it."""
+        """Make the file, and take requests from now on; whatever it raises, nothing is left of it.
+
+        Raises
+        ------
+        RecordingExistsError
+            If there is such a file.
+        OSError
+            If it cannot be made.
+        UsageError
+            If the requests are being recorded already.
+        """
         file: io.FileIO | None = None
         try:
             # Without a buffer: what could not be written is not tried again.
             with errors_name(self._path):
                 file = self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115 - closed when it ends
                 self._append(self._head(0))
-            # First: a child that is forked from here on has to hear of it.
+            # Before it takes requests: a child that is forked then has to take none.
             _writers.add(self)
             self._hits.hook.attach(self, self._hits)
             self._start()

@@ -189,7 +189,7 @@ class StoreBackend(Backend):
         dropped, failed = self.sort(victims, outcome)
         await confirm(io, ignore, Index.confirm_deletes, dropped, failed)
         if failed:
-            # One that is no more than slow takes those of each change.
+            # Each change hands over its own, also while the circuit breaker is open: that may be for slowness alone.
             until = until if self.breaker.allows("write") else -math.inf
             await self.add_tombstones(io, names_of(victims, failed), until)
 
@@ -233,7 +233,7 @@ class StoreBackend(Backend):
                 await guarded(self.store.set(tombstone(name), to_cpu_buffer(b"")))
             except Exception as error:  # noqa: BLE001 - a cache store may raise anything
                 self.breaker.failed(error, "write")
-                # Only then: one that is no more than slow takes them all, after their time as well.
+                # Only after an error: a store that is merely slow takes them all, also after their time.
                 if not self.breaker.allows("write"):
                     return
             else:
