@@ -904,7 +904,8 @@ class CacheStore(Store, KeepsDecoded):
             state["store"],
             state["cache"],
             state["options"],
-            is_first=state["first"],
+            # Stores that an earlier release has pickled do not say.
+            is_first=state.get("first", True),
         )
         vars(self).update(state["more"])
         self._setup(store, cache, state["set"])

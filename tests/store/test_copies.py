@@ -144,6 +144,17 @@ class Labelled(CacheStore):
         self.label = label
 
 
+async def test_a_copy_that_was_pickled_before_it_said_where_it_was_made_is_read(
+    source: LocalStore,
+) -> None:
+    state = CacheStore(source, cache_store=MemoryStore()).__getstate__()
+    del state["first"]
+    copy = CacheStore.__new__(CacheStore)
+    copy.__setstate__(state)
+    for key, value in VALUES.items():
+        assert await read(copy, key) == value
+
+
 def test_copies_of_a_subclass_have_its_attributes(source: LocalStore) -> None:
     store = Labelled(source, label="mine")
     for other in (

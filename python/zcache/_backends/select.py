@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zarr.abc.store import Store
+    from zarr.core.buffer import Buffer
 
     from zcache._backends.base import Backend
     from zcache._source.identity import SourceId
@@ -126,8 +127,7 @@ class _Opening:
             keep_while_alive(shared, kept)
             if isinstance(kept, SourcePlace):
                 return SourceBackend(kept, shared, self.source)
-            # One over a mapping of a user's own class may do anything.
-            is_plain = cache is kept and type(kept._store_dict) is dict
+            is_plain = cache is kept and _plain_dict_of(kept) is not None
             return MemoryBackend(cache, shared) if is_plain else StoreBackend(cache, shared)
         place = place_in_process(cache)
         return StoreBackend(cache, self._shared(("store", place), self._store))
@@ -219,9 +219,7 @@ class _Opening:
         index.adopt([(0, len(value), name) for name, value in values.items()])
         handle = IndexHandle(index, describe(self.cache), {**self.limits, "flat_namespace": True})
         shared = self._new(handle, time.monotonic)
-        # A mapping of a user's own class may do anything, and so is used as any other store.
-        known = values if type(values) is dict else None
-        shared.place = StorePlace(handle, shared.clock, values=known)
+        shared.place = StorePlace(handle, shared.clock, values=_plain_dict_of(kept))
         shared.place.enforce_bound()
         return shared
 
@@ -235,3 +233,10 @@ class _Opening:
             handle, shared.clock, self.source_id.name, adopt=self.adopt, listed=is_listed
         )
         return shared
+
+
+def _plain_dict_of(store: MemoryStore) -> dict[str, Buffer] | None:
+    """The dict of a store that does nothing but look into it; a user's own class, or another mapping, may do anything."""
+    values = store._store_dict
+    is_stock = type(store).__module__.startswith("zarr.")
+    return values if is_stock and type(values) is dict else None

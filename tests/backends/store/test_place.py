@@ -12,15 +12,27 @@ import pytest
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
-from support import buf, check_quiet, drained, drained_sync, fill, logged, read, read_through, write
+from support import (
+    buf,
+    check_quiet,
+    drained,
+    drained_sync,
+    fill,
+    logged,
+    read,
+    read_through,
+    sizes_of,
+    write,
+)
 from zcache import CacheStore
 from zcache.exceptions import CacheOwnershipError
-from zcache.testing import StoreDouble, is_complete, stored_sizes
+from zcache.testing import StoreDouble, check_invariants, is_complete, stored_sizes
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from zarr.abc.store import Store
+    from zarr.abc.store import ByteRequest, Store
+    from zarr.core.buffer import Buffer, BufferPrototype
 
 
 class Elsewhere(LocalStore):
@@ -190,3 +202,40 @@ def test_first_use_without_an_event_loop_is_listed_as_well(tmp_path: Path) -> No
         assert source.take()["get"] == 0
         del store
         gc.collect()
+
+
+class Coded(MemoryStore):
+    """Keeps its values in another form than it was given, and counts what it is asked."""
+
+    asked = 0
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        self.asked += 1
+        value = await super().get(key, prototype, byte_range)
+        return None if value is None else turned(value)
+
+    async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
+        await super().set(key, turned(value), byte_range)
+
+
+def turned(value: Buffer) -> Buffer:
+    return buf(bytes(255 - byte for byte in value.to_bytes()))
+
+
+async def test_store_of_an_own_class_in_memory_is_asked_by_its_methods() -> None:
+    source, cache = MemoryStore({"a": buf(b"value"), "b": buf(b"other")}), Coded()
+    store = CacheStore(source, cache_store=cache, max_size=8)
+    assert await read(store, "a") == b"value"
+    assert await store.drain()
+    assert sizes_of(cache) == {"a": 5}
+    assert cache._store_dict["a"].to_bytes() == turned(buf(b"value")).to_bytes()
+    before = cache.asked
+    assert await read(store, "a") == b"value"
+    assert cache.asked == before + 1
+    assert store.cache_stats()["hits"] == 1
+    assert await read(store, "b") == b"other"
+    assert await store.drain()
+    assert list(cache._store_dict) == ["b"]
+    check_invariants(store)

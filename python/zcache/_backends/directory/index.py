@@ -273,7 +273,9 @@ class CacheDirectory(Place):
         layout.temporary.sweep(handle.index.slot)
         layout.note_doubt()
         if is_new:
-            work = self._rebuild.begin("there was none, or it could not be trusted")
+            work = self._rebuild.begin(
+                "there was none, it is of another version, or it could not be trusted"
+            )
             if work is not None:
                 # What belonged to another source is all removed next, so all of it has to be known.
                 patience = None if layout.stamp.is_foreign else max(0.0, until - time.monotonic())
