@@ -12,7 +12,7 @@ import pytest
 
 from support import until
 from zcache._runtime import lingering
-from zcache._runtime.lingering import lease, release
+from zcache._runtime.lingering import OVERHEAD, lease, release
 
 
 class Thing:
@@ -53,14 +53,24 @@ def test_thing_outlives_its_last_user_and_the_next_one_has_it() -> None:
 
 
 def test_things_without_users_take_no_more_than_the_largest_may() -> None:
-    held = {name: use(name, size=size) for name, size in {"a": 4, "b": 4, "c": 6}.items()}
+    sizes = {"a": 4 * OVERHEAD, "b": 4 * OVERHEAD, "c": 6 * OVERHEAD}
+    held = {name: use(name, size=size, limit=11 * OVERHEAD) for name, size in sizes.items()}
     things = {name: thing for name, (_, thing) in held.items()}
     for name in "bac":
         del held[name]
     assert [name for name, thing in things.items() if thing() is not None] == ["a", "c"]
-    held["large"] = use("large", size=15, limit=20)
+    held["large"] = use("large", size=15 * OVERHEAD, limit=20 * OVERHEAD)
     del held["large"]
     assert [name for name, thing in things.items() if thing() is not None] == []
+
+
+def test_things_that_tell_few_bytes_count_with_what_each_takes_itself() -> None:
+    for limit, stay in ((10, 1), (OVERHEAD, 1), (10 * OVERHEAD, 10), (math.inf, 1)):
+        held = [use(str(n), limit=limit) for n in range(30)]
+        things = [thing for _, thing in held]
+        held.clear()
+        assert sum(thing() is not None for thing in things) == stay
+        release()
 
 
 def test_things_without_a_bound_take_no_more_than_the_largest_does() -> None:
