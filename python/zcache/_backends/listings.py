@@ -14,7 +14,7 @@ import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._core import MAX_KEY, crc32c, is_absent, open_own
+from zcache._core import MAX_KEY, crc32c, open_cached, open_own
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ _PREFIX: Final = "listing-"
 _LEVELS: Final = 16
 """Parts of a directory that the name of its file has one by one."""
 _MARK: Final = "listings"
-"""An empty file that is there while there may be answers."""
+"""An empty file that is there since the source was first asked. It stays, for an answer may come at any time."""
 _FLAGS: Final = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -130,6 +130,7 @@ class DirectoryListings(Listings):
 
     def _keep_in(self, root: str, source: str) -> None:
         self._root = root
+        # As long as it is not there, no answer is.
         self._mark = os.path.join(root, _MARK)
         self._source = hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest()
 
@@ -147,7 +148,7 @@ class DirectoryListings(Listings):
             # Kept open: what is written to it is no one's once others have taken it away.
             kept = _Kept(self._open(path))
             # After that: who does not see the mark has ended before the source is asked.
-            os.close(open_own(self._mark, os.O_WRONLY))
+            self._set_mark()
         except OSError:
             return None  # Read-only, or full: then it is not remembered.
 
@@ -172,6 +173,9 @@ class DirectoryListings(Listings):
             os.unlink(path)  # Of another user.
             return open_own(path, os.O_WRONLY)
 
+    def _set_mark(self) -> None:
+        os.close(open_own(self._mark, os.O_WRONLY))
+
     def get(self, directory: str) -> list[str] | None:
         try:
             file = os.open(self._path(directory), os.O_RDONLY | _FLAGS)
@@ -189,24 +193,23 @@ class DirectoryListings(Listings):
         return list(found["names"])
 
     def forget(self, key: str) -> None:
+        # So that `has_none` knows: without waiting, only a name that was looked up before is known to be absent.
+        os.path.lexists(self._mark)
         for directory in _above(key):
             with contextlib.suppress(OSError):
                 os.unlink(self._path(directory))
 
     def forget_below(self, prefix: str) -> None:
-        if not prefix:
-            with contextlib.suppress(OSError):
-                os.unlink(self._mark)
         self.forget(prefix)
         for path in self._files(_levels(prefix)):
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
     def has_none_of(self, key: str) -> bool:
-        return self.has_none() or all(is_absent(self._root, _name(above)) for above in _above(key))
+        return self.has_none() or all(_is_absent(self._path(above)) for above in _above(key))
 
     def has_none(self) -> bool:
-        return is_absent(self._root, _MARK)
+        return _is_absent(self._mark)
 
     def _path(self, directory: str) -> str:
         return os.path.join(self._root, _name(directory))
@@ -227,6 +230,17 @@ class _Kept:
 
     def __del__(self) -> None:
         os.close(self.file)
+
+
+def _is_absent(path: str) -> bool:
+    """Whether nothing is there, as far as that is known without waiting for a disk."""
+    try:
+        os.close(open_cached(path))
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _name(directory: str) -> str:

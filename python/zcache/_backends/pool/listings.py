@@ -30,6 +30,15 @@ class SourceListings(DirectoryListings):
         # docstring inherited
         self._keep_in(os.path.join(os.path.dirname(self._root), label_of(source)), source)
 
+    def _keep_in(self, root: str, source: str) -> None:
+        super()._keep_in(root, source)
+        # The folder: it is made before the first answer, and goes after the last one.
+        self._mark = root
+
+    def _set_mark(self) -> None:
+        # docstring inherited
+        pass
+
     def _open(self, path: str) -> int:
         try:
             return super()._open(path)
