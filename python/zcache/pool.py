@@ -112,7 +112,8 @@ class CachePool:
         user. Each user of a group has to give it, which says that they trust the owner of the directory.
     read_only : bool, optional
         Only serve the values that the pool has, and write nothing, even if there is no pool yet. Values that others add
-        later are looked for at misses, once a second at most. Default is False. Set it for a pool that others fill.
+        later are looked for at misses, once a second at most. Default is False. Set it for a pool that others fill, which
+        has a directory.
 
     Raises
     ------
@@ -145,6 +146,11 @@ class CachePool:
         check_flag("read_only", read_only)
         store: PoolStore | PoolMemoryStore
         if path is None:
+            if read_only:
+                raise OptionValueError(
+                    "invalid read_only: True, but a pool in memory has no values that others have put there. Give the "
+                    "path of a pool as well, or leave read_only out."
+                )
             store = PoolMemoryStore(PoolOptions())
         else:
             store = PoolStore(path_of_cache_store(path, "path"), PoolOptions(), read_only=read_only)

@@ -821,6 +821,8 @@ def test_options_without_a_meaning_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionValueError, match="invalid max_size: -1"):
         CachePool(tmp_path / "pool", max_size=-1)
     assert not (tmp_path / "pool").exists()
+    with pytest.raises(OptionValueError, match="invalid read_only: True, but a pool in memory"):
+        CachePool(read_only=True)
     pool = CachePool()
     with pytest.raises(OptionTypeError, match="invalid name: 5"):
         pool.forget(5)  # type: ignore[arg-type]
