@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from zarr.storage import MemoryStore
 
+from zcache._backends.pool.select import pool_of
 from zcache._backends.pool.source import PoolSource
+from zcache._backends.pool.stores import PoolMemoryStore
 from zcache._backends.select import open_backend
 from zcache._backends.source_place import SourcePlace, place_of
 from zcache._core import Index
@@ -365,12 +367,27 @@ def _arrived(source: Store, cache_store: Store, options: CacheOptions, token: st
     """The cache of a copy; without room where its cache store is in use for another source."""
     if isinstance(cache_store, SourcePlace):
         cache_store = place_of(source)
+    if isinstance(cache_store, PoolMemoryStore):
+        options = _in_pool(source, cache_store, options)
     try:
         return Cache(source, cache_store, options, token=token)
     except CacheOwnershipError as error:
         said = str(error)
     say_once(f"a copy of a store caches nothing in this process: {said}")
     return Cache(source, MemoryStore(), replace(options, max_size=0), token=token)
+
+
+def _in_pool(source: Store, store: PoolMemoryStore, options: CacheOptions) -> CacheOptions:
+    """What a copy asks for, of a pool in memory that may be in use here already."""
+    asked = store.options.max_size
+    # It may have another bound here, which one by the bound of its pool goes by.
+    pool_of(store)
+    if options.max_size == asked:
+        options = replace(options, max_size=store.options.max_size)
+    if values_of(source) is None:
+        return options
+    # Its values are those of this copy alone: the pool may have others by the name that it was given.
+    return replace(options, source_id=None)
 
 
 async def drain_source(pool: Pool, label: str, io: IO, timeout: float) -> bool:  # noqa: ASYNC109

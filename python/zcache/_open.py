@@ -8,13 +8,12 @@ import logging
 import os
 import sys
 import threading
-import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Unpack
 
 from zcache._backends.pool.options import PoolOptions
 from zcache._backends.pool.select import pool_of
-from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
+from zcache._backends.pool.stores import MEMORY, PoolMemoryStore, PoolStore
 from zcache._cache_options import parse_options
 from zcache._index.shared import policy_in_force
 from zcache._options import (
@@ -194,7 +193,6 @@ def _check_names(options: dict[str, Any]) -> None:
 
 # Guards the choice of a bound for a pool that several threads open at once; never held over anything that waits.
 _lock = threading.RLock()
-_in_memory: weakref.ref[PoolMemoryStore] | None = None
 _said: set[str] = set()
 """Pools of which the log has said how large they are by default."""
 
@@ -253,7 +251,7 @@ def _pool(place: _Place, size: int | None, *, adopt: bool) -> Pool:
         return place.pool
     # Joins one that is open, as it is.
     pool = pool_of(place.store, adopt=adopt)
-    while pool.max_size is None:
+    while (in_force := pool.max_size) is None:
         bound = parse_size(DEFAULT_SHARE, whole=place.capacity) if size is None else size
         with _lock:
             # Another thread may have been faster.
@@ -264,20 +262,17 @@ def _pool(place: _Place, size: int | None, *, adopt: bool) -> Pool:
             pool.apply_limits()
             if size is None and pool.takes_values:
                 _say_default(place, bound)
-    # With it to other processes.
-    place.store.options = PoolOptions(pool.max_size)
+    # With it to other processes, and as long as this one is here: the store of that thread may go.
+    place.store.options = PoolOptions(in_force)
     return pool
 
 
 def _memory_store() -> PoolMemoryStore:
-    """The one that all share who say "memory", as long as it is in use."""
-    global _in_memory
-    with _lock:
-        store = None if _in_memory is None else _in_memory()
-        if store is None:
-            store = PoolMemoryStore(PoolOptions())
-            _in_memory = weakref.ref(store)
-        return store
+    """One over the pool that all share who say "memory", as long as it is in use."""
+    store = PoolMemoryStore(PoolOptions(), MEMORY)
+    # At once: a source that is read through this pool is found out by its dict.
+    pool_of(store)
+    return store
 
 
 def _directory(cache: object) -> tuple[str, str]:

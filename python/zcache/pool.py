@@ -14,7 +14,7 @@ from zarr.storage import LocalStore
 
 from zcache._backends.pool.options import PoolOptions
 from zcache._backends.pool.register import label_of, note_of, stand_in
-from zcache._backends.pool.select import pool_of
+from zcache._backends.pool.select import of_copy, pool_of
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._cache import drain_source, open_sources
 from zcache._index.shared import say_once
@@ -94,7 +94,8 @@ class CachePool:
     ----------
     path : str or PathLike, optional
         Its directory, on a local disk, which belongs to zcache alone; ``~`` is your home. Default is None: in the
-        memory of this process.
+        memory of this process. All that is pickled of one to another process, with stores or without, is one pool there,
+        empty at first.
     max_size : int or str, optional
         Bytes that it holds at most, at every instant, written as for `CacheStore`. In a directory whole blocks count,
         as in ``du``, without the index. If another pool or store asks for less, that is in force. Default is None, no
@@ -217,7 +218,7 @@ class CachePool:
 
     def __setstate__(self, store: PoolStore | PoolMemoryStore) -> None:
         try:
-            self._use(store)
+            self._use(of_copy(store))
         except CacheOwnershipError as error:
             # It would end an executor that unpickles its task.
             say_once(f"a copy of a CachePool cannot be used in this process: {error}")

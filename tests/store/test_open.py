@@ -16,7 +16,9 @@ import subprocess
 import sys
 import threading
 import types
+import uuid
 import warnings
+import weakref
 import zipfile
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +71,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache directory of the environment; nothing is said or in memory yet."""
     monkeypatch.setenv("ZCACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(OPEN, "_said", set())
-    monkeypatch.setattr(OPEN, "_in_memory", None)
+    monkeypatch.setattr(OPEN, "MEMORY", uuid.uuid4().hex)
     return tmp_path / "cache"
 
 
@@ -316,8 +318,9 @@ async def test_values_in_memory_are_shared_and_go_with_the_last_store(source: Pa
     assert two.cache_stats()["hits"] == 1
     # A pool of its own is another one.
     assert not zcache.open(source, cache=CachePool()).is_cached("k")
+    pool = weakref.ref(one._cache_store.pool)
     del one, two
-    while OPEN._in_memory() is not None:
+    while pool() is not None:
         gc.collect()
         await asyncio.sleep(0.001)
     three = zcache.open(source, cache="memory", max_size=10**6)

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from zcache._core import DEFAULT_MINIMISED, DEFAULT_POLICY, Index, SegmentReader
 from zcache._index.calls import COMPLETE_TIMEOUT, drain_absences, drained, is_complete
 from zcache._index.handle import IndexHandle
 from zcache._index.limits import greatest, least, strictest
-from zcache._index.shared import Member, breaker_of, choose_policy
+from zcache._index.shared import Member, breaker_of, choose_policy, say_once
 from zcache._runtime.registry import Registry
 from zcache._runtime.thread_calls import run_in_background
 from zcache._runtime.threads import THREADS, NoThreadError, Threads
@@ -75,6 +75,8 @@ class Pool:
         What is noted of each source that this process has opened, by its label; see `note_of`.
     breaker : CircuitBreaker
         Of all sources, with its pauses by the clock of the system.
+    home : int or None
+        The process that made it; None if it arrived there as a copy.
     """
 
     key: Hashable = None
@@ -86,6 +88,7 @@ class Pool:
     def __init__(self, store: PoolStore | PoolMemoryStore, clock: Callable[[], float]) -> None:
         self._lock = threading.RLock()
         self.clock = clock
+        self.home = None if store.has_come else os.getpid()
         # Those that stand for it: their options count as long as they are referred to.
         self._stores: Registry[PoolStore | PoolMemoryStore] = Registry()
         self._add(store)
@@ -361,6 +364,19 @@ class MemoryPool(Pool):
         self.breaker = breaker_of(self.handle)
         # The store keeps the pool alive, and not the other way round.
         self._values: Any = store._store_dict
+
+    def join(self, store: PoolStore | PoolMemoryStore) -> None:
+        # docstring inherited. Whatever is opened over the store reads and fills this dict.
+        cast("PoolMemoryStore", store)._store_dict = self._values
+        asked, bound = store.options.max_size, self.max_size
+        # A copy changes nothing for those who are here.
+        if store.has_come and bound not in (None, asked):
+            store.options = store.options._replace(max_size=bound)
+            say_once(
+                f"a copy of a pool in memory has the bound that the pool has in this process, max_size={bound}, in the "
+                f"place of max_size={asked}"
+            )
+        super().join(store)
 
     def read(self, name: str, key: str, size: int) -> Any:
         value = self._values.get(f"{label_of(name)}/{key}")

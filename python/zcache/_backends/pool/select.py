@@ -74,7 +74,7 @@ def pool_of(store: PoolStore | PoolMemoryStore, *, adopt: bool = False) -> Pool:
                 _pools.add(own, pool)
     if not is_new:
         pool.join(store)
-    # In memory its values live as long as the store does.
+    # In memory its values live as long as a store over it does.
     store.pool = pool
     pool.wait_for_bound()
     return pool
@@ -83,7 +83,19 @@ def pool_of(store: PoolStore | PoolMemoryStore, *, adopt: bool = False) -> Pool:
 def _own_key(store: PoolStore | PoolMemoryStore) -> Hashable:
     if isinstance(store, PoolStore):
         return ("directory", os.path.realpath(store.root), store.read_only)
-    return ("dict", id(store._store_dict))
+    return ("memory", store.token)
+
+
+def of_copy(store: PoolStore | PoolMemoryStore) -> PoolStore | PoolMemoryStore:
+    """What a copy of a `CachePool` stands for, where this has come with it.
+
+    In the process that made a pool in memory, all its copies stand for one other pool, empty at first.
+    """
+    if isinstance(store, PoolMemoryStore) and store.has_come:
+        found = _pools.get(_own_key(store))
+        if found is not None and found.home == os.getpid():
+            return PoolMemoryStore(store.options, f"copy of {store.token}", has_come=True)
+    return store
 
 
 def _find(store: PoolStore | PoolMemoryStore, own: Hashable, identity: object) -> Pool | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import uuid
+from typing import TYPE_CHECKING, Any, Final
 
 from zarr.storage import LocalStore, MemoryStore
 
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from zcache._backends.pool.options import PoolOptions
+
+
+MEMORY: Final = "memory"
+"""The token of the pool in memory that each process has one of by itself."""
 
 
 class PoolStore(LocalStore):
@@ -51,20 +56,27 @@ class PoolStore(LocalStore):
 
 
 class PoolMemoryStore(MemoryStore):
-    """A pool in memory; a copy in another process is another one, and empty.
+    """A pool in memory. It is pickled without its values: in each process all that comes of it is one pool.
 
     Parameters
     ----------
     options : PoolOptions
         What the pool was opened with.
+    token : str, optional
+        Names the pool, in each process. Default is None: a new one.
+    has_come : bool, optional
+        Whether it has come in a pickle. Default is False.
     """
 
-    def __init__(self, options: PoolOptions) -> None:
+    def __init__(
+        self, options: PoolOptions, token: str | None = None, *, has_come: bool = False
+    ) -> None:
         super().__init__()
         self.options = options
+        self.token = token or uuid.uuid4().hex
         self.pool: Any = None
         self.policy: object = None
-        self.has_come = False
+        self.has_come = has_come
 
     def __repr__(self) -> str:
         return "CachePool()"
@@ -72,14 +84,18 @@ class PoolMemoryStore(MemoryStore):
     __str__ = __repr__
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PoolMemoryStore, (self.options,)
+        return _memory_again, (self.options, self.token)
 
     def emptied(self) -> PoolMemoryStore:
-        """One like it, but empty."""
-        return PoolMemoryStore(self.options)
+        """Itself: its values are in no pickle, and a copy in its own process is over the same pool."""
+        return self
 
 
 def _again(root: str, options: PoolOptions, read_only: bool) -> PoolStore:
     store = PoolStore(root, options, read_only=read_only)
     store.has_come = True
     return store
+
+
+def _memory_again(options: PoolOptions, token: str) -> PoolMemoryStore:
+    return PoolMemoryStore(options, token, has_come=True)
