@@ -54,7 +54,7 @@ from zcache._source.validators import validators_of
 from zcache.exceptions import CacheOwnershipError, CacheUnreachableError, IndexLockTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from zarr.abc.store import Store
 
@@ -192,17 +192,25 @@ class Cache:
         """
         if self.home is not None:
             return None
-        handle, is_in_memory = self.shared.handle, self._is_in_memory
+        handle, kept = self.shared.handle, innermost(self.cache)
         limit = 0.0 if decoded is None else decoded.max_size
-        if is_in_memory:
-            limit += math.inf if self.options.max_size is None else self.options.max_size
+        if isinstance(kept, MemoryStore):
+            bound = self.options.max_size
+            if bound is None and isinstance(kept, PoolMemoryStore):
+                bound = kept.options.max_size
+            limit += math.inf if bound is None else bound
 
-        def size() -> int:
-            encoded = handle.index.current_size if is_in_memory else 0
-            return encoded + (0 if decoded is None else decoded.size)
+        def sizes() -> dict[Hashable, int]:
+            taken: dict[Hashable, int] = {}
+            if isinstance(kept, MemoryStore):
+                # All sources of a pool share it.
+                taken[id(kept._store_dict)] = handle.index.current_size
+            if decoded is not None:
+                taken[id(decoded)] = decoded.size
+            return taken
 
         key = self.token, "" if decoded is None else decoded.token
-        found = lease(key, (self, decoded), size, limit)
+        found = lease(key, (self, decoded), sizes, limit)
         # In the place of what outlives it: kept for the next copy, it holds no one to its policy.
         self.shared.use_as(self._member, found)
         return found

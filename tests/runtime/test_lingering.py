@@ -25,7 +25,7 @@ def use(key: str, *, size: int = 1, limit: float = 10) -> tuple[Any, weakref.ref
     """A lease of a new thing."""
     thing = Thing()
     thing.size = size
-    held = lease(key, thing, lambda: size, limit)
+    held = lease(key, thing, lambda: {key: size}, limit)
     return held, weakref.ref(thing)
 
 
@@ -39,13 +39,13 @@ def _nothing_is_left() -> Any:
 
 def test_thing_outlives_its_last_user_and_the_next_one_has_it() -> None:
     held, thing = use("a")
-    again = lease("a", thing(), lambda: 1, 10)
+    again = lease("a", thing(), lambda: {"a": 1}, 10)
     assert again is held
     del held
     assert not lingering._left
     del again
     assert thing() is not None
-    held = lease("a", thing(), lambda: 1, 10)
+    held = lease("a", thing(), lambda: {"a": 1}, 10)
     assert not lingering._left
     del held
     release()
@@ -71,6 +71,20 @@ def test_things_that_tell_few_bytes_count_with_what_each_takes_itself() -> None:
         held.clear()
         assert sum(thing() is not None for thing in things) == stay
         release()
+
+
+def test_bytes_that_things_have_in_common_count_once() -> None:
+    things = []
+    for name, size in {"a": 5, "b": 7}.items():
+        thing = Thing()
+        things.append(weakref.ref(thing))
+        sizes = {"common": size * OVERHEAD, name: OVERHEAD}
+        lease(name, thing, lambda sizes=sizes: sizes, 10 * OVERHEAD)
+        del thing
+    assert [thing() is not None for thing in things] == [True, True]
+    held, last = use("c", size=OVERHEAD)
+    del held
+    assert [thing() is not None for thing in (*things, last)] == [False, True, True]
 
 
 def test_things_without_a_bound_take_no_more_than_the_largest_does() -> None:

@@ -39,15 +39,17 @@ class Lease:
 
 
 class _Left(NamedTuple):
-    """What is not in use: its bytes now, those that it may come to, both with `OVERHEAD`, and when it goes."""
+    """What is not in use: its bytes now, those that it may come to, and when it goes."""
 
     what: Any
-    size: int
+    sizes: dict[Hashable, int]
     limit: float
     until: float
 
 
-def lease(key: Hashable, what: Any, size: Callable[[], int], limit: float) -> Lease:
+def lease(
+    key: Hashable, what: Any, sizes: Callable[[], dict[Hashable, int]], limit: float
+) -> Lease:
     """Have something live as long as anyone holds what is returned, and for `LINGER` seconds after that.
 
     Together, things without users take no more bytes than the largest of them may: those go first that were left first.
@@ -59,8 +61,9 @@ def lease(key: Hashable, what: Any, size: Callable[[], int], limit: float) -> Le
         The same for all leases of this thing.
     what : object
         Must not refer to the lease.
-    size : callable
-        Bytes that it takes; nothing that takes none is kept.
+    sizes : callable
+        Bytes that it takes, by what holds them: those of what several things have in common count once. Nothing that takes
+        none is kept.
     limit : float
         Bytes that it may take. Infinite is no licence to keep others: it stands for those that it takes when it is left.
     """
@@ -68,7 +71,7 @@ def lease(key: Hashable, what: Any, size: Callable[[], int], limit: float) -> Le
         found = _leases.get(key)
         if found is None:
             found = _leases[key] = Lease()
-            weakref.finalize(found, _leave, key, what, size, limit).atexit = False
+            weakref.finalize(found, _leave, key, what, sizes, limit).atexit = False
         # Dropped here: `what` is the same.
         _left.pop(key, None)
     return found
@@ -104,16 +107,18 @@ def looks(patience: float = 0.0) -> Iterator[None]:
         yield
 
 
-def _leave(key: Hashable, what: Any, size: Callable[[], int], limit: float) -> None:
-    bytes_now = size()
+def _leave(
+    key: Hashable, what: Any, sizes: Callable[[], dict[Hashable, int]], limit: float
+) -> None:
+    sizes_now = sizes()
+    bytes_now = sum(sizes_now.values())
     with _lock:
         if key in _leases:
             return  # Another user has come meanwhile.
         now = time.monotonic()
         if bytes_now:
             most = bytes_now if math.isinf(limit) else limit
-            # On both sides: the largest may stay, whatever its bound.
-            _left[key] = _Left(what, bytes_now + OVERHEAD, most + OVERHEAD, now + LINGER)
+            _left[key] = _Left(what, sizes_now, most, now + LINGER)
         gone = _take_gone(now)
         _start()
     del gone
@@ -122,13 +127,23 @@ def _leave(key: Hashable, what: Any, size: Callable[[], int], limit: float) -> N
 def _take_gone(now: float) -> list[_Left]:
     """Those that go now. To be called under the lock."""
     gone = []
-    total = sum(one.size for one in _left.values())
-    most = max((one.limit for one in _left.values()), default=0)
+    total = _total()
+    # The largest may stay, whatever its limit.
+    most = max((one.limit for one in _left.values()), default=0) + OVERHEAD
     for key, one in list(_left.items()):
         if one.until <= now or total > most:
             gone.append(_left.pop(key))
-            total -= one.size
+            total = _total()
     return gone
+
+
+def _total() -> int:
+    """Bytes that all take together. To be called under the lock."""
+    # In the order in which they were left: the last one knows what it takes now.
+    held: dict[Hashable, int] = {}
+    for one in _left.values():
+        held |= one.sizes
+    return sum(held.values()) + OVERHEAD * len(_left)
 
 
 def _start() -> None:

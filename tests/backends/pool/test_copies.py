@@ -24,6 +24,7 @@ from pools import source_of
 from support import TESTS, buf, read, read_through, said, write
 from zcache import CachePool, CacheStore
 from zcache._runtime import lingering
+from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -245,6 +246,31 @@ tell(held=held, gone=gone() is None, entries=load(given[0])[0].cache_info()["ent
 """
     told = in_forked_server(script, packed((pool, store)))
     assert told == {"held": True, "gone": True, "entries": 0}
+
+
+@pytest.mark.parametrize("bound", [10 * SIZE, None])
+def test_worker_that_drops_each_store_finds_all_of_a_pool_again(
+    sources: list[Path], bound: int | None
+) -> None:
+    """Also what sources without a name have there, which would be forgotten with their stores."""
+    pool = CachePool(max_size=bound)
+    stores = [
+        CacheStore(StoreDouble(LocalStore(source)), cache_store=pool) for source in sources[:3]
+    ]
+    script = """
+from zcache._runtime import lingering
+lingering.OVERHEAD = 0  # Else it is more than these small values take.
+hits = []
+for each in given * 3:
+    store = load(each)
+    fill(store)
+    hits.append(store.cache_stats()["hits"])
+    del store
+    gc.collect()
+tell(hits=hits)
+"""
+    told = in_forked_server(script, *map(packed, stores))
+    assert told == {"hits": [0, 0, 0, 3, 3, 3, 6, 6, 6]}
 
 
 async def test_stores_that_come_back_are_over_the_original_pool(sources: list[Path]) -> None:
