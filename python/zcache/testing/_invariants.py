@@ -8,6 +8,7 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from zcache._byte_ranges import is_reserved
 from zcache.exceptions import UsageError
 from zcache.store import CacheStore
 from zcache.testing._doubles import StoreDouble
@@ -226,7 +227,7 @@ async def _listed_sizes(cache: Store) -> dict[str, int]:
 
 
 def _is_value(name: str) -> bool:
-    return not name.startswith(".zcache/") or name.startswith(RANGES)
+    return name.startswith(RANGES) or not is_reserved(name)
 
 
 def _snapshot(store: CacheStore) -> _Snapshot:

@@ -13,7 +13,7 @@ from support import buf, logged, read, read_through, said, until, value_sync
 from zcache import CacheStore, OfflineError
 from zcache._backends.store.listing import WRITING
 from zcache._backends.tombstones import DROPPED, tombstone
-from zcache.testing import FakeClock, check_invariants_async
+from zcache.testing import FakeClock, check_invariants_async, is_complete
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -430,3 +430,34 @@ async def test_listing_under_way_serves_nothing_that_is_marked(mark: str) -> Non
     assert cache.values["d/0000"] == b"9876543210"
     assert not [name for name in cache.values if name.startswith(mark)]
     await check_invariants_async(again)
+
+
+@pytest.mark.parametrize("clears", ["clear", "clear_cache"])
+async def test_listing_held_up_a_clear_takes_names_that_begin_like_those_of_zcache(
+    clears: str,
+) -> None:
+    """The next process served them, if this one ended before its listing."""
+    names = {".zcachex/c/0", ".zcache-x", "a/c/0"}
+    source, cache = SyncDictStore(dict.fromkeys(names, b"old")), Remote()
+    before = make(source, cache)
+    await settled(before)
+    for key in names:
+        await read_through(before, key)
+    assert set(cache.values) > names
+    goes_on = asyncio.Event()
+
+    async def hold_up(operation: str, _: str) -> None:
+        if operation == "getsize":
+            await goes_on.wait()
+
+    again = Remote()
+    again.values = dict(cache.values)
+    again.before = hold_up  # type: ignore[method-assign]
+    store = make(source, again)
+    await read(store, "other")
+    assert not is_complete(store)
+    await getattr(store, clears)()
+    assert set(again.values) == set(cache.values) - names
+    goes_on.set()
+    assert await store.drain()
+    await check_invariants_async(store)

@@ -13,7 +13,7 @@ from zarr.core.buffer.core import default_buffer_prototype
 from zcache._backends.base import DELETE_TIMEOUT, WRITE_TIMEOUT, Backend, read_timeout
 from zcache._backends.store.listing import WRITING, Listing
 from zcache._backends.tombstones import RANGES, key_of, tombstone
-from zcache._byte_ranges import ByteRange, to_request
+from zcache._byte_ranges import ByteRange, is_reserved, to_request
 from zcache._core import Index
 from zcache._index.handle import ignore
 from zcache._runtime.buffers import to_cpu_buffer, to_own
@@ -299,7 +299,7 @@ class StoreBackend(Backend):
             found.append(prefix)
             found += [name async for name in store.list_prefix(f"{prefix}/")]
         else:
-            found += [name async for name in store.list() if not name.startswith(".zcache")]
+            found += [name async for name in store.list() if not is_reserved(name)]
         for name in found:
             # Once it is listed the index knows what is outdated, and other values may be there by now.
             if listing.has_ended():
