@@ -3,8 +3,10 @@
 //!
 //! A ticket names a flight. A write, delete, prefix delete or clear invalidates the tickets of the
 //! keys that it touches, before it begins and after it has ended: a value that was read before the
-//! end of a write is never cached after it, and later readers never join such a flight. Writes by
-//! other processes show in the version of the key, with which a flight is opened and checked.
+//! end of a write is never cached after it, and later readers never join such a flight. In an index
+//! that processes share, a write by any of them also changes the version of the key, with which a
+//! flight is opened and checked. Other keys may have the same version: a write of one of them then
+//! invalidates the ticket as well.
 //!
 //! A flight that a reader could not join ends together with the one that this reader has opened, at
 //! the latest: no other reader comes by that could see that its leader cannot go on.

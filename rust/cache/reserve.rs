@@ -35,7 +35,7 @@ pub enum Reserve {
 pub enum RejectReason {
     /// It is larger than the bound.
     TooLarge,
-    /// A part of its key is longer than [`key::MAX_LABEL`].
+    /// Its name is longer than a file system or, in a pool, a header takes (`Cache::name_fits`).
     KeyTooLong,
     /// A write has invalidated its ticket.
     Invalidated,

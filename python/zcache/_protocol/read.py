@@ -2,7 +2,8 @@
 
 Every method is a coroutine that is told how to reach the source (`IO`): from an event loop, or
 blocking, in which case it never suspends. So there is one protocol for both surfaces. Nothing here
-raises because of the cache store: only the source's own errors, and cancellations, leave these methods.
+raises because of the cache store while the source is asked: only the source's own errors, and
+cancellations, leave these methods. Offline, what is not cached or cannot be looked up is an `OfflineError`.
 """
 
 from __future__ import annotations
