@@ -153,8 +153,10 @@ class CacheStore(Store, KeepsDecoded):
         ``"256MB"`` (10**6) or ``"2 GiB"`` (2**30). A share, such as ``"25%"``, is one of the whole volume of a
         directory; elsewhere of the memory, or of what the control group of the process may use. It is resolved once:
         `max_size`, `cache_info` and copies have the bytes. Default is None, no bound. Set it to what the memory or disk
-        behind `cache_store` can spare. A value larger than this is never cached. If more is cached already, it is
-        evicted at once, in a store other than memory, a directory or a pool from the first operation on.
+        behind `cache_store` can spare. A value larger than this is never cached. The folders of a directory count, with
+        blocks of 4 KiB as 16 KiB before there is a value (in a pool 32 KiB): with less nothing is kept. If more is
+        cached already, it is evicted at once, in a store other than memory, a directory or a pool from the first
+        operation on.
     eviction : {"lru", "none", "adaptive"}, optional
         Which values are evicted for a new one. Default is None: that of the `CachePool`, if it was given one, else
         "lru", the least recently used. "none" keeps what came first until it expires or is dropped: of data that is
@@ -180,7 +182,7 @@ class CacheStore(Store, KeepsDecoded):
         and none of `max_size`.
     cache_set_data : bool, optional
         Whether values that are written are cached as well. Default is True; set it to False where
-        what is written is not read again soon.
+        what is written is not read again soon. Of a store that exists it can be set, as an attribute.
     read_only : bool, optional
         Open the source anew with this setting. Default is None: as the source is.
     verify : {"first", "always", "never"}, optional
@@ -344,6 +346,8 @@ class CacheStore(Store, KeepsDecoded):
                 raise AttributeError(
                     f"read_only cannot be set. Use store.with_read_only({value!r:.100})."
                 )
+        if name == "cache_set_data":
+            check_flag(name, value)
         super().__setattr__(name, value)
 
     def _derive(self, store: Store) -> Self:

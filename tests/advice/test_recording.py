@@ -190,7 +190,14 @@ def test_recording_and_replay_of_what_is_no_path_name_it(bad: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "why"), [("a\0b", "a null"), (b"a\0b", "a null"), ("\ud800", "no encoding")]
+    ("bad", "why"),
+    [
+        ("", "is empty"),
+        (b"", "is empty"),
+        ("a\0b", "a null"),
+        (b"a\0b", "a null"),
+        ("\ud800", "no encoding"),
+    ],
 )
 def test_recording_and_replay_of_an_impossible_path_name_it(bad: Any, why: str) -> None:
     store = CacheStore(source_of(1))

@@ -185,6 +185,18 @@ def test_flag_that_is_no_bool_raises(option: str, given: Any) -> None:
     assert_helpful(caught.value, f"invalid {option}: {given!r}. Give {allowed}.")
 
 
+@pytest.mark.parametrize("given", [None, 0, 1, "no", np.True_])
+def test_cache_set_data_is_checked_where_it_is_set_as_well(given: Any) -> None:
+    store = CacheStore(MemoryStore())
+    for one in (store, store.with_read_only(), type("Own", (CacheStore,), {})(MemoryStore())):
+        with pytest.raises(OptionTypeError) as caught:
+            one.cache_set_data = given
+        assert_helpful(caught.value, f"invalid cache_set_data: {given!r}. Give True or False.")
+        assert one.cache_set_data is True
+    store.cache_set_data = False
+    assert store.with_read_only().cache_set_data is False
+
+
 @pytest.mark.parametrize(
     ("option", "given", "error", "allowed"),
     [

@@ -7,7 +7,7 @@ import copy
 import itertools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.abc.store import RangeByteRequest
@@ -15,7 +15,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from doubles import DictStore
 from support import buf, drained, fill, quiet, read, read_through, threads
-from zcache import CacheStore, UsageError
+from zcache import CachePool, CacheStore, OptionTypeError, UsageError
 from zcache.testing import (
     Entry,
     InvariantError,
@@ -29,14 +29,18 @@ from zcache.testing import (
     in_flight,
     index_slot,
     is_complete,
+    missing_keys,
     recency,
     record_steps,
+    set_block_size,
     shares_index,
     source_of,
     stored_sizes,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zarr.abc.store import Store
 
 
@@ -188,10 +192,51 @@ async def test_recorded_steps_are_told_in_their_order(store: CacheStore) -> None
     assert len(told) == seen
 
 
-def test_what_is_no_cache_store_is_named() -> None:
-    for check in (check_index, check_invariants):
-        with pytest.raises(TypeError, match="invalid store: MemoryStore"):
-            check(MemoryStore())  # type: ignore[arg-type]
+CALLS: list[Callable[[Any], Any]] = [
+    cache_store_of,
+    check_index,
+    check_invariants,
+    lambda store: asyncio.run(check_invariants_async(store)),
+    entries,
+    in_flight,
+    index_slot,
+    is_complete,
+    missing_keys,
+    recency,
+    lambda store: record_steps(store).__enter__(),
+    lambda store: shares_index(store, store),
+    source_of,
+    stored_sizes,
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_is_no_cache_store_is_named(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(
+        OptionTypeError, match=r"invalid store: MemoryStore\. Give a zcache\.CacheStore"
+    ):
+        call(MemoryStore())
+
+
+@pytest.mark.parametrize("max_size", [0, 1, 4096, 16_383, 32_767])
+@pytest.mark.parametrize("is_pool", [False, True])
+async def test_bound_below_what_folders_take_keeps_nothing_and_passes(
+    tmp_path: Path, is_pool: bool, max_size: int
+) -> None:
+    """A directory without values was said to be beyond such a bound."""
+    before = set_block_size(None)
+    try:
+        cache = CachePool(tmp_path) if is_pool else LocalStore(tmp_path)
+        source = DictStore({"a": bytes(40_000)})
+        store = CacheStore(source, cache_store=cache, max_size=max_size, source_id="s")
+        await check(store)
+        await read_through(store, "a")
+        await store.set("b", buf(bytes(40_000)))
+        assert await store.drain()
+        await check(store)
+        assert entries(store) == []
+    finally:
+        set_block_size(before)
 
 
 async def test_invariants_of_an_index_that_always_changes_raise(

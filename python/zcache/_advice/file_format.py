@@ -49,6 +49,8 @@ def path_of_recording(path: object) -> str:
         encoded = os.fsencode(text)
     except UnicodeEncodeError:
         raise OptionValueError(f"invalid path: {shown!r} has no encoding. {advice}") from None
+    if not encoded:
+        raise OptionValueError(f"invalid path: {shown!r} is empty. {advice}")
     if b"\0" in encoded:
         raise OptionValueError(f"invalid path: {shown!r} contains a null character. {advice}")
     return expand_home(os.fsdecode(encoded), "path")

@@ -15,10 +15,12 @@ from zarr.storage import LocalStore, MemoryStore
 from zcache._backends.directory import layout
 from zcache._backends.directory.files import count_folders
 from zcache._backends.directory.rebuild import Rebuild
-from zcache._backends.pool.layout import PoolLayout
+from zcache._backends.pool.layout import FOLDERS, PoolLayout
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._byte_ranges import to_request
 from zcache._core import Index, SegmentFiles, cache_key, file_owner
+from zcache.exceptions import OptionTypeError
+from zcache.store import CacheStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer
 
+    from zcache._cache import Cache
     from zcache._runtime.latch import Outcome
-    from zcache.store import CacheStore
 
 T = TypeVar("T")
 
@@ -35,14 +37,25 @@ RANGES: Final = ".zcache/ranges/"
 """Where a cache store holds byte ranges of values."""
 
 
+def check_type(store: object) -> None:
+    """See that it is a `CacheStore`."""
+    if not isinstance(store, CacheStore):
+        raise OptionTypeError(f"invalid store: {type(store).__name__}. Give a zcache.CacheStore.")
+
+
+def _cache_of(store: CacheStore) -> Cache:
+    check_type(store)
+    return store._cache
+
+
 def ask(store: CacheStore, question: Callable[[Index], T]) -> T:
     """Ask the index something, and wait for its lock where another process holds it."""
-    return store._cache.shared.handle.call_blocking(lambda index: question(_real(index)))
+    return _cache_of(store).shared.handle.call_blocking(lambda index: question(_real(index)))
 
 
 def ask_all(store: CacheStore, question: Callable[[Index], T]) -> T:
     """The same; of a pool, about all of its sources."""
-    pool = getattr(store._cache.shared.place, "pool", None)
+    pool = getattr(_cache_of(store).shared.place, "pool", None)
     if pool is None:
         return ask(store, question)
     found: T = pool.handle.call_blocking(lambda index: question(_real(index)))
@@ -59,11 +72,12 @@ def pool_sizes(cache: Store) -> Mapping[str, int] | None:
 
 def cache_store(store: CacheStore) -> Store:
     """The cache store."""
-    return store._cache.cache
+    return _cache_of(store).cache
 
 
 def source_store(store: CacheStore) -> Store:
     """The source."""
+    check_type(store)
     return store._store
 
 
@@ -93,7 +107,7 @@ def disk_usage(store: CacheStore) -> int | None:
     if isinstance(cache, PoolStore):
         return _pool_usage(store, str(cache.root))
     root = directory_root(cache)
-    if root is None or store._cache.shared.handle.limits.get("unit", 1) <= 1:
+    if root is None or _block_size(store) <= 1:
         return None
     size, values = 0, []
     for top in (root, os.path.join(root, RANGES)):
@@ -107,6 +121,23 @@ def disk_usage(store: CacheStore) -> int | None:
                         size += os.lstat(path).st_blocks * 512
                         values.append(os.path.relpath(path, root))
     return size + count_folders(root, values)
+
+
+def own_folders(store: CacheStore) -> int:
+    """Bytes that a cache directory counts before it holds a value, whatever its bound."""
+    cache, block = cache_store(store), _block_size(store)
+    if isinstance(cache, PoolStore):
+        return FOLDERS * block
+    root = directory_root(cache)
+    return 0 if root is None or block <= 1 else count_folders(root, [])
+
+
+def _block_size(store: CacheStore) -> int:
+    """Bytes of the blocks that a cache store counts; 1 where it counts bytes."""
+    shared = _cache_of(store).shared
+    pool: Any = getattr(shared.place, "pool", None)
+    size: int = (shared if pool is None else pool).handle.limits.get("unit", 1)
+    return size
 
 
 def raw_entries(
@@ -127,8 +158,7 @@ def raw_entries(
 
 
 def _pool_usage(store: CacheStore, root: str) -> int | None:
-    place: Any = store._cache.shared.place
-    if place.pool.handle.limits.get("unit", 1) <= 1:
+    if _block_size(store) <= 1:
         return None
     usage = 0
     for folder, folders, names in os.walk(root):
@@ -143,7 +173,7 @@ def _pool_usage(store: CacheStore, root: str) -> int | None:
 
 def own_names(store: CacheStore, sizes: dict[str, int]) -> dict[str, int]:
     """What of this is the store's, by its own names: all of it but in a pool."""
-    label = getattr(store._cache.shared.place, "label", None)
+    label = getattr(_cache_of(store).shared.place, "label", None)
     if label is None:
         return sizes
     folders = {f"{label}/": "", f"{RANGES}{label}/": RANGES}
@@ -187,7 +217,7 @@ def validate(store: CacheStore) -> None:
 
 def index_of(store: CacheStore) -> Index:
     """The index itself."""
-    return _real(store._cache.shared.handle.index)
+    return _real(_cache_of(store).shared.handle.index)
 
 
 def is_complete(store: CacheStore) -> bool:
@@ -246,7 +276,7 @@ def intercepted(
     store: CacheStore, then: Callable[[str, tuple[Any, ...], Any], None]
 ) -> Iterator[None]:
     """Tell each step of the index that a store takes: its name, arguments and answer."""
-    handle: Any = store._cache.shared.handle
+    handle: Any = _cache_of(store).shared.handle
     inner = handle.index
 
     def take(step: Callable[..., Any], index: Any, *args: Any) -> Any:

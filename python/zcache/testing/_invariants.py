@@ -9,18 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from zcache._byte_ranges import is_reserved
+from zcache._runtime.coroutines import run_without_loop
 from zcache.exceptions import UsageError
-from zcache.store import CacheStore
 from zcache.testing._doubles import StoreDouble
 from zcache.testing._internals import (
     RANGES,
     cache_store,
+    check_type,
     current_size,
     directory_root,
     disk_usage,
     is_ours,
     live_entries,
     memory_values,
+    own_folders,
     own_names,
     pool_sizes,
     validate,
@@ -28,9 +30,13 @@ from zcache.testing._internals import (
 from zcache.testing._views import Entry, InFlight, entries, in_flight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     from zarr.abc.store import Store
+
+    from zcache.store import CacheStore
+
+    _Listed = Callable[[Store], Awaitable[dict[str, int]]]
 
 _ATTEMPTS: Final = 20
 """How often the cache store is looked at while others keep changing it."""
@@ -78,17 +84,7 @@ def check_invariants(store: CacheStore, *, held: Mapping[str, int] | None = None
     UsageError
         The index has changed between each two looks, so nothing could be compared.
     """
-    check_index(store)
-    before = _snapshot(store)
-    for _ in range(_ATTEMPTS):
-        found = stored_sizes(store, everything=True) if held is None else dict(held)
-        after = _snapshot(store)
-        usage = disk_usage(store)
-        if after == before:
-            _check_stored(after, found, usage)
-            return
-        before = after
-    raise UsageError(_CHANGES)
+    run_without_loop(_check(store, held, _listed_in_thread))
 
 
 async def check_invariants_async(
@@ -112,10 +108,14 @@ async def check_invariants_async(
     UsageError
         The index has changed between each two looks, so nothing could be compared.
     """
+    await _check(store, held, _listed_sizes)
+
+
+async def _check(store: CacheStore, held: Mapping[str, int] | None, listed: _Listed) -> None:
     check_index(store)
     before = _snapshot(store)
     for _ in range(_ATTEMPTS):
-        found = await _stored_sizes(store) if held is None else dict(held)
+        found = await _stored_sizes(store, listed) if held is None else dict(held)
         after = _snapshot(store)
         usage = disk_usage(store)
         if after == before:
@@ -140,14 +140,14 @@ def check_index(store: CacheStore) -> None:
     InvariantError
         If it does not; it says what differs.
     """
-    if not isinstance(store, CacheStore):
-        raise TypeError(f"invalid store: {type(store).__name__}. Give a zcache.CacheStore.")
+    check_type(store)
     try:
         validate(store)
     except Exception as error:
         raise InvariantError(f"the index is damaged: {error}") from error
-    if store.max_size is not None and (size := current_size(store)) > store.max_size:
-        raise InvariantError(f"current_size is {size}, more than max_size={store.max_size}")
+    bound = store.max_size
+    if bound is not None and (size := current_size(store)) > bound and size > own_folders(store):
+        raise InvariantError(f"current_size is {size}, more than max_size={bound}")
 
 
 def stored_sizes(store: CacheStore, *, everything: bool = False) -> dict[str, int]:
@@ -166,19 +166,14 @@ def stored_sizes(store: CacheStore, *, everything: bool = False) -> dict[str, in
     dict of str to int
         Sizes in bytes by key of the cache store. Files in a cache directory that zcache did not write are left out.
     """
-    cache = cache_store(store)
-    found = _sizes_at_once(cache)
-    if found is not None:
-        return found if everything else own_names(store, found)
-    cache = _undoubled(cache)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(_listed_sizes(cache))).result()
+    found = run_without_loop(_stored_sizes(store, _listed_in_thread))
+    return found if everything else own_names(store, found)
 
 
-async def _stored_sizes(store: CacheStore) -> dict[str, int]:
+async def _stored_sizes(store: CacheStore, listed: _Listed) -> dict[str, int]:
     cache = cache_store(store)
     found = _sizes_at_once(cache)
-    return await _listed_sizes(_undoubled(cache)) if found is None else found
+    return await listed(_undoubled(cache)) if found is None else found
 
 
 def _undoubled(cache: Store) -> Store:
@@ -224,6 +219,12 @@ async def _listed_sizes(cache: Store) -> dict[str, int]:
         except FileNotFoundError:
             continue
     return sizes
+
+
+async def _listed_in_thread(cache: Store) -> dict[str, int]:
+    """The same, without a suspension of the caller."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(_listed_sizes(cache))).result()
 
 
 def _is_value(name: str) -> bool:

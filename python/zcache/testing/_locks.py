@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from zcache._core import HeldLock, IndexBusyError
-from zcache.exceptions import IndexLockTimeout
+from zcache._options import path_of_cache_store
+from zcache.exceptions import IndexLockTimeout, OptionValueError
 
 
 def hold_index_lock(directory: os.PathLike[str] | str) -> HeldLock:
@@ -14,7 +15,7 @@ def hold_index_lock(directory: os.PathLike[str] | str) -> HeldLock:
     Parameters
     ----------
     directory : path
-        The cache directory. It has an index already.
+        The cache directory, which a store or pool has opened before.
 
     Returns
     -------
@@ -26,10 +27,15 @@ def hold_index_lock(directory: os.PathLike[str] | str) -> HeldLock:
     ------
     IndexLockTimeout
         A `TimeoutError`: others hold it for a second.
+    OptionTypeError, OptionValueError
+        It is no path, or there is no index.
     """
+    root = path_of_cache_store(directory, "directory")
     try:
-        return HeldLock(os.path.join(directory, ".zcache", "index"))
+        return HeldLock(os.path.join(root, ".zcache", "index"))
     except IndexBusyError as error:
-        raise IndexLockTimeout(
-            f"the lock of the index of {os.fspath(directory)!r} is held"
+        raise IndexLockTimeout(f"the lock of the index of {root!r} is held") from error
+    except FileNotFoundError as error:
+        raise OptionValueError(
+            f"invalid directory: {root!r} has no index. Give a directory that a store or pool has opened."
         ) from error

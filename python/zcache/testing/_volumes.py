@@ -7,6 +7,7 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 import zcache.testing._internals as _internals  # noqa: PLR0402 - not through the package, which imports this
+from zcache.exceptions import OptionTypeError, OptionValueError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,13 +22,25 @@ def set_block_size(size: int | None) -> int | None:
     Parameters
     ----------
     size : int or None
-        Bytes, from 1 on: with 1 a value takes as many bytes as it has. None is what the volume says, as outside of tests.
+        Bytes, from 1 to 2**32: with 1 a value takes as many bytes as it has. None is what the volume says, as outside of
+        tests.
 
     Returns
     -------
     int or None
         What was in force before.
+
+    Raises
+    ------
+    OptionTypeError, OptionValueError
+        If it is none of these.
     """
+    is_number = isinstance(size, int) and not isinstance(size, bool)
+    if size is not None and not (is_number and 1 <= size <= 2**32):
+        kind = OptionValueError if is_number else OptionTypeError
+        raise kind(
+            f"invalid size: {size!r}. Give a whole number of bytes from 1 to 2**32, or None for what the volume says."
+        )
     return _internals.set_block_size(size)
 
 

@@ -30,7 +30,7 @@ _BLOCK: Final = 512
 _BATCH: Final = 4096
 _TICK: Final = 100_000_000
 """Nanoseconds; all clocks of file systems go on within them."""
-_FOLDERS: Final = 8
+FOLDERS: Final = 8
 """Blocks of the folders of a pool and of its stamp, beside index and segments."""
 
 
@@ -154,7 +154,7 @@ class SegmentScanner:
 
     def _finish(self, handle: IndexHandle, *, is_emptied: bool) -> None:
         unit = handle.limits.get("unit", 1)
-        handle.call_opened(Index.count_folders, _FOLDERS * unit, timeout=None)
+        handle.call_opened(Index.count_folders, FOLDERS * unit, timeout=None)
         handle.call_opened(Index.finish_rebuild, is_emptied, timeout=None)
 
     @property
