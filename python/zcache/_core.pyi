@@ -164,9 +164,8 @@ class Rejected:
     Attributes
     ----------
     reason : str
-        One of "too large", "key too long" (the name of a range with a last part of more than 255 bytes; in a pool any
-        name of more than 448), "overtaken by a write", "already cached", "busy", "no space", "path conflict",
-        "index full", "rebuilding".
+        One of "too large", "key too long" (a part of its name has more than 255 bytes or, in a pool, the name more than
+        448), "overtaken by a write", "already cached", "busy", "no space", "path conflict", "index full", "rebuilding".
     """
 
     __match_args__: Final = ("reason",)

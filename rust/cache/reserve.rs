@@ -35,7 +35,7 @@ pub enum Reserve {
 pub enum RejectReason {
     /// It is larger than the bound.
     TooLarge,
-    /// Its name is longer than a file system or, in a pool, a header takes (`Cache::name_fits`).
+    /// A part of its name is longer than [`key::MAX_LABEL`], or, in a pool, the name than a header takes.
     KeyTooLong,
     /// A write has invalidated its ticket.
     Invalidated,
