@@ -968,10 +968,6 @@ class FillResult:
         and of "corrupt".
     error : OSError or None
         Of "failed".
-    operation : str
-        Of "failed": what was refused, "write".
-    deleted : int
-        Files that were deleted on the way.
     delete_errors : list of OSError
         Deletes that have failed on the way; the bytes stay counted, and are deleted later.
     """
@@ -984,10 +980,6 @@ class FillResult:
     def reason(self) -> str | None: ...
     @property
     def error(self) -> OSError | None: ...
-    @property
-    def operation(self) -> Literal["write", "delete"]: ...
-    @property
-    def deleted(self) -> int: ...
     @property
     def delete_errors(self) -> list[OSError]: ...
 

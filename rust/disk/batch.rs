@@ -93,7 +93,6 @@ pub(super) struct Batch<'a, T, D> {
     pub(super) spent: Option<Vec<(u32, u64)>>,
     /// One of them with values that should be moved.
     pub(super) straggling: Option<u64>,
-    pub(super) deleted: u64,
     pub(super) delete_errors: Vec<io::Error>,
     /// Updates that could not be made yet.
     pub(super) deferred: Vec<Deferred>,
@@ -115,7 +114,6 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
             failed_deletes: true,
             spent: None,
             straggling: None,
-            deleted: 0,
             delete_errors: Vec::new(),
             deferred: Vec::new(),
             folder_sum: None,
@@ -184,14 +182,12 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
         (self.deferred, self.closed) = (deferred, closed);
     }
 
-    /// The outcome of each fill that it has done. What others were deleted for counts as the first one's.
+    /// The outcome of each fill that it has done. Deletes that have failed count as the first one's.
     pub(super) fn reports(&mut self) -> Vec<Report> {
-        let mut deleted = std::mem::take(&mut self.deleted);
         let mut delete_errors = std::mem::take(&mut self.delete_errors);
         let endings = self.progress.iter_mut().map(|one| one.ending.take());
         let report = |ending: Option<Ending>| Report {
             ending: ending.unwrap_or_else(|| Ending::Failed(io::Error::other(PANICKED))),
-            deleted: std::mem::take(&mut deleted),
             delete_errors: std::mem::take(&mut delete_errors),
         };
         endings.map(report).collect()

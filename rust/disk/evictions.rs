@@ -230,13 +230,10 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
                 let _ = removal::mark_missing(&self.dir.root, &victim.cache_key, until);
             }
             are_gone.push(deleted.is_ok());
-            match deleted {
-                Ok(_) => self.deleted += 1,
-                Err(error) => {
-                    self.delete_errors.push(error);
-                    if invalid {
-                        self.write_tombstone(&victim.cache_key, victim.placed);
-                    }
+            if let Err(error) = deleted {
+                self.delete_errors.push(error);
+                if invalid {
+                    self.write_tombstone(&victim.cache_key, victim.placed);
                 }
             }
         }

@@ -82,8 +82,6 @@ impl Ending {
 pub struct Report {
     /// How it has ended.
     pub ending: Ending,
-    /// Values that it has deleted, and the other fills of its batch.
-    pub deleted: u64,
-    /// Deletes that have failed; their bytes stay counted.
+    /// Deletes that have failed, for it and the other fills of its batch; their bytes stay counted.
     pub delete_errors: Vec<io::Error>,
 }

@@ -74,8 +74,6 @@ pub(super) struct FillResult {
     outcome: &'static str,
     reason: Option<Cow<'static, str>>,
     error: Option<Py<PyAny>>,
-    operation: &'static str,
-    deleted: u64,
     delete_errors: Vec<Py<PyAny>>,
 }
 
@@ -95,8 +93,6 @@ impl FillResult {
             outcome,
             reason,
             error,
-            operation: "write",
-            deleted: report.deleted,
             delete_errors: report.delete_errors.into_iter().map(exception).collect(),
         }
     }

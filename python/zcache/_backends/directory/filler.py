@@ -140,7 +140,7 @@ class DirectoryFiller:
     def _ended(self, job: FillJob, result: FillResult) -> Ended:
         failures: list[tuple[Exception, Operation]] = [(e, "delete") for e in result.delete_errors]
         if result.error is not None:
-            failures.append((result.error, "delete" if result.operation == "delete" else "write"))
+            failures.append((result.error, "write"))
         # An index of this process alone does not hear of what others fill.
         corrupt = ("corrupt",) if self._is_shared else ("corrupt", "unlisted")
         return Ended(
