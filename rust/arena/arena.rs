@@ -263,18 +263,6 @@ impl<S: Storage> Arena<S> {
         }
     }
 
-    /// Links a cell behind another one of `list`. It must not be in a list that uses the same links.
-    pub fn link_behind(&mut self, list: List, i: u32, before: u32) -> Result<()> {
-        let after = self.neighbour(before, End::Last)?;
-        if after == 0 {
-            return self.link(list, i, End::Last);
-        }
-        self.set_neighbour(i, End::First, before)?;
-        self.set_neighbour(i, End::Last, after)?;
-        self.set_neighbour(before, End::Last, i)?;
-        self.set_neighbour(after, End::First, i)
-    }
-
     /// Unlinks a cell from `list`.
     pub fn unlink(&mut self, list: List, i: u32) -> Result<()> {
         let before = self.neighbour(i, End::First)?;
