@@ -22,6 +22,8 @@ __all__ = [
     "METADATA",
     "MINIMISED",
     "NODES",
+    "NO_SPACE_ON_VOLUME",
+    "PATH_CONFLICT",
     "PENDING",
     "POLICIES",
     "SIGNATURE",
@@ -84,6 +86,10 @@ DEFAULT_POLICY: Final[Policy]
 """The one of an index that was given none."""
 DEFAULT_MINIMISED: Final[Minimised]
 """What that one makes least of, unless it is told."""
+PATH_CONFLICT: Final[str]
+"""Reason of `Rejected` and `FillResult`: a file system cannot hold the value beside others."""
+NO_SPACE_ON_VOLUME: Final[str]
+"""Reason of `FillResult`: the volume, or what may be used of it, is full."""
 NODES: Final[tuple[str, ...]]
 """Last parts of the keys of metadata documents that make a node, in both formats of Zarr."""
 METADATA: Final[tuple[str, ...]]

@@ -7,7 +7,7 @@ use std::thread;
 use super::batch::{Answers, Batch, ROUNDS, SINCE_EMPTIED, Waiting, with_place};
 use super::commit::SEGMENTS;
 use super::deferred::{Deferred, POISONED, apply, apply_all, step};
-use super::fill::{Ending, Fill};
+use super::fill::{Ending, Fill, NO_SPACE_ON_VOLUME};
 use super::removal::{self, Was};
 use crate::cache::{Placed, Victim};
 use crate::error::Result;
@@ -17,8 +17,6 @@ use crate::shared::{Locked, StepError};
 const RETRIES: usize = 4;
 /// Values that are evicted at once where the volume runs out of inodes.
 const FEWER_FILES: usize = 16;
-
-const NO_SPACE: &str = "no space on the volume";
 
 impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
     /// Deletes what fills wait for, and asks for their bytes once more.
@@ -117,7 +115,7 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
             }
             self.drop_files(&victims, generation)?;
         }
-        self.reject_all(NO_SPACE);
+        self.reject_all(NO_SPACE_ON_VOLUME);
         Ok(())
     }
 

@@ -50,6 +50,9 @@ impl<D: AsRef<[u8]>> Fill<D> {
     }
 }
 
+/// The reason of a fill that is rejected because the volume, or what may be used of it, is full.
+pub const NO_SPACE_ON_VOLUME: &str = "no space on the volume";
+
 /// How a fill has ended.
 #[derive(Debug)]
 pub enum Ending {

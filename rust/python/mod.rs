@@ -33,8 +33,9 @@ use pyo3::types::{PyString, PyTuple};
 
 use self::convert::{RawSpan, known, span};
 use self::errors::{CorruptIndexError, IndexBusyError, IndexFullError};
-use crate::cache::{BESIDES, NODES};
+use crate::cache::{BESIDES, NODES, RejectReason};
 use crate::checksum::crc32c;
+use crate::disk::fill::NO_SPACE_ON_VOLUME;
 use crate::key;
 use crate::policy::{Minimise, PolicyKind};
 
@@ -89,6 +90,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("MINIMISED", PyTuple::new(module.py(), minimised)?)?;
     module.add("DEFAULT_POLICY", PolicyKind::default().as_str())?;
     module.add("DEFAULT_MINIMISED", Minimise::default().as_str())?;
+    module.add("PATH_CONFLICT", RejectReason::PathConflict.as_str())?;
+    module.add("NO_SPACE_ON_VOLUME", NO_SPACE_ON_VOLUME)?;
     module.add("NODES", PyTuple::new(module.py(), NODES)?)?;
     let documents: Vec<_> = NODES.iter().chain(&BESIDES).collect();
     module.add("METADATA", PyTuple::new(module.py(), documents)?)?;

@@ -16,7 +16,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from zcache._backends.access import Access
-from zcache._core import Index, end_calls
+from zcache._core import PATH_CONFLICT, Index, end_calls
 from zcache._index.handle import ignore
 from zcache._runtime.circuit_breaker import concerns_key
 from zcache._runtime.exiting import at_exit
@@ -40,10 +40,6 @@ HAND_OVER: Final = 0.005
 """Seconds between two looks at a value that is being handed over."""
 CLOSE_TIMEOUT: Final = 5.0
 """Seconds that `close`, the end of a `with` block and the end of the process wait at most."""
-
-
-PATH_CONFLICT: Final = "path conflict"
-"""Reason of the core for a value that a file system cannot hold beside others."""
 KEY_PAUSE: Final = 1.0
 """Seconds for which a value is not tried again that the cache store cannot hold, ..."""
 LONGEST_KEY_PAUSE: Final = 60.0

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from zcache._backends.base import Ended
 from zcache._backends.directory.files import fold
-from zcache._backends.directory.space import NO_SPACE
-from zcache._core import DirectoryFills
+from zcache._core import NO_SPACE_ON_VOLUME, DirectoryFills
 from zcache._index.handle import ignore
 from zcache._runtime.thread_calls import run_in_background
 
@@ -129,7 +128,7 @@ class DirectoryFiller:
                 run_in_background(self._layout.scanner.say_in_the_way)
         if any(one.outcome == "filled" for one in results):
             self._layout.space_log.filled()
-        if any(one.reason == NO_SPACE for one in results):
+        if any(one.reason == NO_SPACE_ON_VOLUME for one in results):
             self._layout.space_log.rejected(self.min_free_space)
         unlisted = [one for one in results if one.outcome == "unlisted"]
         if unlisted and self._is_shared and (self._unlisted is None or self._unlisted.is_set):

@@ -6,13 +6,10 @@ import contextlib
 import logging
 import os
 from functools import partial
-from typing import Final
 
 from zcache._core import volume_space
 from zcache._runtime.thread_calls import run_in_background
 
-NO_SPACE: Final = "no space on the volume"
-"""Reason of the core for values that are left uncached."""
 logger = logging.getLogger("zcache")
 
 
