@@ -15,6 +15,8 @@ mod faulty_storage;
 mod keys;
 #[path = "core/place.rs"]
 mod place;
+#[path = "core/policies.rs"]
+mod policies;
 #[path = "core/pool.rs"]
 mod pool;
 #[path = "core/reference.rs"]

@@ -1,51 +1,18 @@
 //! Plans of what will be read, under every policy: all books hold after each step, and the bound at each instant.
 
-use zcache::arena::Heap;
-use zcache::cache::{BATCH, Cache, Joined, Limits, Reserve, Victim};
+use zcache::cache::{BATCH, Victim};
 use zcache::key::ByteRange;
-use zcache::policy::{Minimise, Plan, Policy, PolicyKind};
+use zcache::policy::{Minimise, Plan, PolicyKind};
 
-type Tested = Cache<Heap, (), Policy>;
+use crate::policies::{Tested, cache_that_minimises, read_and};
 
 fn cache(max_size: u64, kind: PolicyKind) -> Tested {
     cache_that_minimises(Minimise::Requests, max_size, kind)
 }
 
-fn cache_that_minimises(minimise: Minimise, max_size: u64, kind: PolicyKind) -> Tested {
-    let limits = Limits::bounded(max_size);
-    let mut cache: Tested = Cache::new(Heap::default(), limits, 1).unwrap();
-    cache.set_policy(kind, minimise);
-    cache
-}
-
 /// Reads a key, and fills it in where it was a miss; whether it was a hit. All books hold after each step.
 fn read(cache: &mut Tested, key: &str, range: ByteRange, size: u64) -> bool {
     read_and(cache, key, range, size, |cache| cache.validate().unwrap())
-}
-
-/// Reads a key as [`read`] does, with this after each step.
-fn read_and(
-    cache: &mut Tested,
-    key: &str,
-    range: ByteRange,
-    size: u64,
-    check: impl Fn(&Tested),
-) -> bool {
-    let is_hit = cache.lookup(key, range, 1).unwrap().is_some();
-    if !is_hit && let Joined::Lead(ticket) = cache.join(key, range, (), 1, false).unwrap() {
-        let mut answer = cache.reserve(key, range, size, ticket, 1).unwrap();
-        while let Reserve::NeedsEviction(id, _) = answer {
-            check(cache);
-            answer = cache.all_evicted(id, 1).unwrap();
-        }
-        match answer {
-            Reserve::Granted(id) => drop(cache.commit(id, None, 1).unwrap()),
-            _ => drop(cache.complete_flight(key, ticket)),
-        }
-    }
-    check(cache);
-    assert!(cache.current_size() <= cache.limits().max_size);
-    is_hit
 }
 
 fn plan(keys: impl IntoIterator<Item = u64>) -> Plan {

@@ -2,7 +2,7 @@
 
 use super::entries::Entries;
 use super::keys::{Keys, words_for};
-use super::kind::{Minimise, Policy, PolicyKind};
+use super::kind::{Policy, PolicyKind};
 use super::parts::Parts;
 use super::policy::{Eviction, Newcomer};
 use crate::error::Result;
@@ -44,16 +44,6 @@ impl Simulation {
     #[must_use]
     pub fn of_source(mut self, slices_like_python: bool) -> Self {
         self.slices_like_python = slices_like_python;
-        self
-    }
-
-    /// The same, of a cache that makes least of this; for the adaptive policy.
-    #[must_use]
-    pub fn minimising(mut self, what: Minimise) -> Self {
-        // Memory that was never used is sound.
-        if let Ok(mut keys) = Keys::of(&mut self.words, self.nodes, &mut self.history) {
-            keys.state_mut().minimise = what as u32;
-        }
         self
     }
 
