@@ -120,7 +120,7 @@ class Ended:
     written : bool
         Whether the value is in the cache store.
     corrupt : bool
-        Whether the cache store holds what the index does not know.
+        Whether the index has to be rebuilt.
     reason : str or None
         Why the index has left the value uncached, if it has.
     """

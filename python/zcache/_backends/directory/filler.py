@@ -140,12 +140,10 @@ class DirectoryFiller:
         failures: list[tuple[Exception, Operation]] = [(e, "delete") for e in result.delete_errors]
         if result.error is not None:
             failures.append((result.error, "write"))
-        # An index of this process alone does not hear of what others fill.
-        corrupt = ("corrupt",) if self._is_shared else ("corrupt", "unlisted")
         return Ended(
             job,
             written=result.outcome == "filled",
-            corrupt=result.outcome in corrupt,
+            corrupt=result.outcome == "corrupt",
             failures=failures,
             reason=result.reason,
         )
