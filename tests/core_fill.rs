@@ -181,7 +181,7 @@ trait Steps {
     fn set_max_age(&mut self, age: u64);
     fn begin_write(&mut self, key: &str);
     fn in_flight(&self) -> (usize, usize);
-    fn rejections(&self) -> u64;
+    fn refusals(&self) -> u64;
     fn entries(&self) -> Vec<(String, u64, State)>;
     fn validate(&self);
 }
@@ -205,8 +205,8 @@ impl<S: Peers> Steps for Cache<S, u32> {
     fn in_flight(&self) -> (usize, usize) {
         Cache::in_flight(self)
     }
-    fn rejections(&self) -> u64 {
-        self.stats().rejections
+    fn refusals(&self) -> u64 {
+        self.stats().refusals
     }
     fn entries(&self) -> Vec<(String, u64, State)> {
         let entries = Cache::entries(self).unwrap().into_iter();
@@ -473,7 +473,7 @@ fn fill_on_a_full_volume_evicts_nothing_where_that_does_not_help() {
         &dir.result(dir.submit("b", ticket, data(10), u64::MAX)),
         "no space on the volume",
     );
-    dir.step(|index| assert_eq!(index.rejections(), 1));
+    dir.step(|index| assert_eq!(index.refusals(), 1));
     assert!(dir.at("a").exists() && !dir.at("b").exists());
     assert_eq!(dir.size(), 10);
     dir.check();

@@ -142,7 +142,7 @@ pub struct Found {
 pub struct Tally {
     pub(super) evictions: AtomicU64,
     pub(super) expirations: AtomicU64,
-    pub(super) rejections: AtomicU64,
+    pub(super) refusals: AtomicU64,
     /// Absences, as of the last step that has changed their number here, or taken a shared index.
     pub(super) absences: AtomicU64,
 }
@@ -154,7 +154,7 @@ impl Tally {
         Stats {
             evictions: self.evictions.load(Ordering::Relaxed),
             expirations: self.expirations.load(Ordering::Relaxed),
-            rejections: self.rejections.load(Ordering::Relaxed),
+            refusals: self.refusals.load(Ordering::Relaxed),
         }
     }
 
@@ -178,7 +178,7 @@ pub struct Stats {
     /// Those of them that were stale.
     pub expirations: u64,
     /// Values that were left uncached.
-    pub rejections: u64,
+    pub refusals: u64,
 }
 
 impl Stats {
@@ -186,7 +186,7 @@ impl Stats {
         Stats {
             evictions: with(self.evictions, other.evictions),
             expirations: with(self.expirations, other.expirations),
-            rejections: with(self.rejections, other.rejections),
+            refusals: with(self.refusals, other.refusals),
         }
     }
 }

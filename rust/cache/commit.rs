@@ -57,7 +57,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             self.keep_validator(&reservation)?;
             Vec::new()
         } else {
-            self.count_rejected(1);
+            self.count_refusals(1);
             self.unwrite(&reservation)?
         };
         let (key, ticket) = (reservation.key, reservation.ticket);

@@ -443,13 +443,13 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     /// Leaves a value uncached.
     pub(crate) fn rejected(&self, reason: RejectReason) -> Reserve {
-        self.count_rejected(1);
+        self.count_refusals(1);
         Reserve::Rejected(reason)
     }
 
     /// Counts values that are left uncached.
-    pub(crate) fn count_rejected(&self, count: u64) {
-        Tally::add(&self.tally.rejections, count);
+    pub(crate) fn count_refusals(&self, count: u64) {
+        Tally::add(&self.tally.refusals, count);
     }
 
     /// Entries beside which a file system could not hold this key, up to a batch: the source has another value in their

@@ -103,7 +103,7 @@ fn apply_to<S: Peers, T: Clone, P: Eviction>(
             cache.deletes_done(dropped, failed)
         }
         Deferred::Rejected(count) => {
-            cache.count_rejected(*count);
+            cache.count_refusals(*count);
             Ok(())
         }
         Deferred::Close { key, ticket } => {

@@ -96,7 +96,7 @@ impl Stats {
     #[pyo3(signature = (*, refusals=0))]
     fn new(refusals: u64) -> Self {
         Stats(cache::Stats {
-            rejections: refusals,
+            refusals,
             ..cache::Stats::default()
         })
     }
@@ -113,7 +113,7 @@ impl Stats {
 
     #[getter]
     fn refusals(&self) -> u64 {
-        self.0.rejections
+        self.0.refusals
     }
 
     fn __add__(&self, other: &Self) -> Self {

@@ -419,7 +419,7 @@ impl Model {
         };
         if let Some(reason) = reason {
             assert_eq!(*got, Reserve::Rejected(reason));
-            self.stats.rejections += 1;
+            self.stats.refusals += 1;
             return;
         }
         let id = match got {
@@ -451,7 +451,7 @@ impl Model {
         self.deletes_done(dropped, failed);
         let Some(reservation) = self.reservations.get_mut(&id) else {
             assert_eq!(*got, Reserve::Rejected(RejectReason::Invalidated));
-            self.stats.rejections += 1;
+            self.stats.refusals += 1;
             return;
         };
         reservation.failures += u32::from(!failed.is_empty());
@@ -491,7 +491,7 @@ impl Model {
                 Reserve::Granted(_) => panic!("granted beyond the bound"),
             }
             self.reservations.remove(&id);
-            self.stats.rejections += 1;
+            self.stats.refusals += 1;
             return;
         }
         // As many entries as the bound has bytes.
@@ -563,7 +563,7 @@ impl Model {
             self.fail(&[name]);
         }
         self.reservations.remove(&id);
-        self.stats.rejections += 1;
+        self.stats.refusals += 1;
     }
 
     fn candidates(&self, failed: bool, now: u64) -> usize {
@@ -678,7 +678,7 @@ impl Model {
             assert!(done.victims.is_empty());
             self.committed(id, checksum, fetched, now);
         } else {
-            self.stats.rejections += 1;
+            self.stats.refusals += 1;
             self.aborted(id, &done.victims);
         }
         self.completed(&key, ticket, done.flight);
