@@ -25,8 +25,6 @@ HEAD: Final = f"{MAGIC}{RECORDING_FORMAT}: "
 _FIRST: Final = ("time", "key", "range", "size", "hit", "entry_range", "entry_size")
 COLUMNS: Final = {"1": _FIRST, RECORDING_FORMAT: (*_FIRST, "outdated")}
 """Of each format that can be read."""
-LONGEST_KEY: Final = 4000
-"""Characters of a key at most, of those that are cached."""
 LONGEST_ROW: Final = 2**14
 """Characters of a row at most, in all of its lines: a key takes twice its own, as it is quoted."""
 

@@ -18,7 +18,6 @@ from zcache._advice.advise import advise, parse_policies, parse_sizes
 from zcache._advice.file_format import (
     COLUMNS,
     HEAD,
-    LONGEST_KEY,
     LONGEST_ROW,
     MAGIC,
     errors_name,
@@ -26,7 +25,7 @@ from zcache._advice.file_format import (
 )
 from zcache._advice.trace import UNKNOWN, Requests, Trace, complete
 from zcache._byte_ranges import from_text
-from zcache._core import POLICIES
+from zcache._core import MAX_KEY, POLICIES
 from zcache._options import MAX_BYTES, check_flag
 from zcache._source.urls import redact
 from zcache.exceptions import RecordingError
@@ -310,9 +309,10 @@ class _Rows:
         if of_entry == UNKNOWN:
             entry_range, of_entry = asked, of_answer
         flags = _flag("hit", hit), _flag("outdated", outdated)
-        if len(key) > LONGEST_KEY:
+        # Each character takes a byte at least.
+        if len(key) > MAX_KEY:
             raise ValueError(
-                f"key has {len(key):,} characters, and none that is cached has more than {LONGEST_KEY:,}"
+                f"key has {len(key):,} characters, and none that is cached has more than {MAX_KEY:,}"
             )
         name = key if len(key) <= _KEPT else blake2b(key.encode(), digest_size=16).digest()
         pair = self._number(name, asked), self._number(name, entry_range)
