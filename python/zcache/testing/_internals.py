@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from zarr.storage import LocalStore, MemoryStore
 
+from zcache._backends import tombstones
 from zcache._backends.directory import layout
 from zcache._backends.directory.files import count_folders
 from zcache._backends.directory.rebuild import Rebuild
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-RANGES: Final = ".zcache/ranges/"
+RANGES: Final = tombstones.RANGES
 """Where a cache store holds byte ranges of values."""
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
+from zcache._backends.tombstones import RANGES
 from zcache._byte_ranges import is_encodable
 from zcache._core import (
     PENDING,
@@ -149,15 +150,15 @@ def remove_value(root: str, name: str) -> None:
 
 def remove_empty_folders(root: str) -> None:
     """Remove the folders in a cache directory that hold nothing but empty folders."""
-    for above in ("", ".zcache/ranges"):
-        with contextlib.suppress(OSError), listed(root, above) as entries:
+    for above in ("", RANGES):
+        with contextlib.suppress(OSError), listed(root, above.rstrip("/")) as entries:
             inside = list(entries)
             for entry in inside:
                 # Such as .zcache itself; others are the system's.
                 if entry.name.startswith(".") or entry.name in TOLERATED:
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    remove_empty_folder(root, f"{above}/{entry.name}".lstrip("/"))
+                    remove_empty_folder(root, above + entry.name)
 
 
 @contextlib.contextmanager
@@ -316,7 +317,7 @@ class Finder:
             Fetch time in milliseconds since 1970, size in bytes, and name in the cache store.
         """
         self.foreign = 0
-        todo = ["", ".zcache/ranges/"] if below is None else [below]
+        todo = ["", RANGES] if below is None else [below]
         while todo:
             prefix = todo.pop()
             try:

@@ -14,6 +14,7 @@ from zcache._backends.directory.folders import counted
 from zcache._backends.tombstones import (
     DROPPED,
     MISSING,
+    RANGES,
     key_of,
     tombstone,
     with_mark,
@@ -237,7 +238,7 @@ class Scanner:
         finder.only_looks = self.only_looks
         if prefix:
             above, _, tail = prefix.rpartition("/")
-            folder = f".zcache/ranges/{above}".rstrip("/")
+            folder = f"{RANGES}{above}".rstrip("/")
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 for name in os.listdir(os.path.join(self._root, folder)):
                     if name.rpartition("@")[0] == tail:
@@ -246,7 +247,7 @@ class Scanner:
                 if files.owner(os.path.join(self._root, prefix)) != "foreign":
                     yield prefix
             prefix += "/"
-        for below in (prefix, f".zcache/ranges/{prefix}"):
+        for below in (prefix, f"{RANGES}{prefix}"):
             for _, _, name in finder.find(below):
                 yield name
 

@@ -12,6 +12,7 @@ from zcache._backends.base import Backend, read_timeout
 from zcache._backends.directory.backend import DirectoryBackend
 from zcache._backends.memory import MemoryBackend
 from zcache._backends.pool.reader import PagesInMemory
+from zcache._backends.tombstones import RANGES
 from zcache._core import VALUE_HEADER, CorruptIndexError, Index
 from zcache._index.calls import is_complete
 from zcache._runtime.buffers import to_buffer
@@ -160,10 +161,7 @@ class MemoryPoolBackend(MemoryBackend):
         return await read(prototype, total, start, size)
 
 
-_RANGES = ".zcache/ranges/"
-
-
 def _in_folder(folder: str, name: str) -> str:
-    if name.startswith(_RANGES):
-        return f"{_RANGES}{folder}{name.removeprefix(_RANGES)}"
+    if name.startswith(RANGES):
+        return f"{RANGES}{folder}{name.removeprefix(RANGES)}"
     return folder + name
