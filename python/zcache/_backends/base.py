@@ -434,5 +434,11 @@ class Backend(ABC):
         return None
 
 
+def names_of(victims: Sequence[Victim], cells: Sequence[int]) -> list[str]:
+    """Names of the values in these cells."""
+    wanted = set(cells)
+    return [name for cell, name in victims if cell in wanted]
+
+
 def _confirm_failed(index: Index, cells: list[int]) -> None:
     index.confirm_deletes([], cells)

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from zcache._backends.access import Access
-from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT, Backend, read_timeout
+from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT, Backend, names_of, read_timeout
 from zcache._backends.directory.files import read_value
 from zcache._backends.directory.folders import counted
 from zcache._backends.directory.page_cache import PageCacheReader, is_supported
@@ -316,7 +316,7 @@ class DirectoryBackend(Backend):
 
         try:
             if failed:
-                self._add_tombstones(_names(victims, failed))
+                self._add_tombstones(names_of(victims, failed))
         finally:
             self.shared.handle.call_later(heard, Index.confirm_deletes, dropped, failed)
 
@@ -399,8 +399,3 @@ def _taken(left: list[T]) -> list[T]:
 
 def _as_os_error(error: Exception) -> OSError:
     return error if isinstance(error, OSError) else OSError(str(error))
-
-
-def _names(victims: Sequence[Victim], cells: Sequence[int]) -> list[str]:
-    wanted = set(cells)
-    return [name for cell, name in victims if cell in wanted]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from zarr.core.buffer import Buffer
 from zarr.core.buffer.core import default_buffer_prototype
 
-from zcache._backends.base import DELETE_TIMEOUT, WRITE_TIMEOUT, Backend, read_timeout
+from zcache._backends.base import DELETE_TIMEOUT, WRITE_TIMEOUT, Backend, names_of, read_timeout
 from zcache._backends.store.listing import WRITING, Listing
 from zcache._backends.tombstones import RANGES, key_of, tombstone
 from zcache._byte_ranges import ByteRange, is_reserved, to_request
@@ -310,9 +310,3 @@ class StoreBackend(Backend):
                 self.shared.handle.call_later(self.remove_later, Index.drop_missing, key)
             if error is not None:
                 raise error
-
-
-def names_of(victims: Sequence[Victim], cells: Sequence[int]) -> list[str]:
-    """Names of the values in these cells."""
-    wanted = set(cells)
-    return [name for cell, name in victims if cell in wanted]

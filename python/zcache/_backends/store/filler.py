@@ -10,8 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from zcache._backends.access import Access
-from zcache._backends.base import WRITE_TIMEOUT, Ended
-from zcache._backends.store.backend import names_of
+from zcache._backends.base import WRITE_TIMEOUT, Ended, names_of
 from zcache._backends.store.unknown_writes import UnknownWrites
 from zcache._core import Granted, Index, NeedsEviction, Rejected, cache_key, crc32c
 from zcache._index.handle import ignore
