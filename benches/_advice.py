@@ -28,7 +28,7 @@ from _setup import (
     zcache_store,
 )
 from zcache._advice.advise import advise
-from zcache._advice.trace import complete, whole_values
+from zcache._advice.trace import Requests, complete
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,8 +149,10 @@ def _accuracy(work: str, keys: traces.Keys, sizes: traces.Keys) -> Row:
     begun = time.perf_counter()
     advice = store.advise()
     seconds = time.perf_counter() - begun
-    hits = np.zeros(len(keys), bool)
-    trace = complete(whole_values(keys.astype(np.uint64), sizes[keys].astype(np.uint64), hits), 1)
+    asked, ranges = keys.astype(np.uint64), np.zeros((len(keys), 3), np.uint64)
+    never = np.zeros(len(keys), bool)
+    requests = Requests(asked, asked, ranges, sizes[keys].astype(np.uint64), never, never)
+    trace = complete(requests, 1)
     exact = advise(trace, max_size=bound)
     errors = np.array(
         [

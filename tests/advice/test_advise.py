@@ -33,7 +33,7 @@ from zcache import (
 )
 from zcache._advice.advice import size_text
 from zcache._advice.advise import advise
-from zcache._advice.trace import complete, whole_values
+from zcache._advice.trace import Requests, complete
 from zcache._core import POLICIES
 from zcache.testing import StoreDouble, set_block_size
 
@@ -41,7 +41,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
 SIZE = 100
+
+
+def whole_values(keys: NDArray[np.uint64], sizes: NDArray[np.uint64]) -> Requests:
+    """Requests of whole values, all of them misses."""
+    ranges, never = np.zeros((len(keys), 3), np.uint64), np.zeros(len(keys), bool)
+    return Requests(keys, keys, ranges, sizes, never, never)
 
 
 def read_keys(store: CacheStore, keys: Sequence[int]) -> None:
@@ -120,10 +128,10 @@ async def test_advice_knows_the_sizes_of_pending_values(is_pool: bool, tmp_path:
 def test_advice_allows_for_requests_of_unknown_size() -> None:
     keys = np.arange(300, dtype=np.uint64) % np.uint64(100)
     sizes = np.full(300, 10, np.uint64)
-    known = advise(complete(whole_values(keys, sizes, np.zeros(300, bool)), unit=1), max_size=500)
+    known = advise(complete(whole_values(keys, sizes), unit=1), max_size=500)
     assert not known.curves["lru"].error.any()
     sizes[::10] = np.uint64(2**64 - 1)
-    some = advise(complete(whole_values(keys, sizes, np.zeros(300, bool)), unit=1), max_size=500)
+    some = advise(complete(whole_values(keys, sizes), unit=1), max_size=500)
     assert some.unsized_share == pytest.approx(0.1)
     assert (some.curves["lru"].error >= 0.1).all()
     assert "10.0% of all are left out" in str(some)
@@ -167,7 +175,7 @@ def test_advice_smallest_size_has_what_it_promises(policy: str, seed: int) -> No
     rng = np.random.default_rng(seed)
     each = np.where(rng.random(3000) < 0.2, 1, rng.lognormal(6, 2, 3000) + 1).astype(np.uint64)
     keys = rng.integers(0, 3000, 200)
-    trace = complete(whole_values(keys.astype(np.uint64), each[keys], np.zeros(200, bool)), unit=1)
+    trace = complete(whole_values(keys.astype(np.uint64), each[keys]), unit=1)
     whole = int(each[np.unique(keys)].sum())
     advice = advise(trace, max_size=whole, policy=policy, policies=(policy,))
     assert advice.smallest_size is not None
@@ -232,11 +240,8 @@ def test_advice_of_many_keys_is_near_and_within_its_band() -> None:
     read_keys(store, keys.tolist())
     advice = store.advise()
     assert advice.sampling_rate < 0.7
-    nothing = np.zeros(len(keys), bool)
     sizes = np.full(len(keys), SIZE, np.uint64)
-    exact = advise(
-        complete(whole_values(keys.astype(np.uint64), sizes, nothing), 1), max_size=8000 * SIZE
-    )
+    exact = advise(complete(whole_values(keys.astype(np.uint64), sizes), 1), max_size=8000 * SIZE)
     for name in ("lru", "none"):
         off = np.abs(advice.curves[name].hit_ratio - exact.curves[name].hit_ratio)
         assert off.mean() < 0.02
@@ -257,7 +262,7 @@ def test_advice_band_holds_where_one_key_has_many_requests(share: float) -> None
     keys = np.where(rng.random(draws) < share, count, rng.integers(0, count, draws))
     bound = count * SIZE // 4
     sizes = np.full(draws, SIZE, np.uint64)
-    whole = complete(whole_values(keys.astype(np.uint64), sizes, np.zeros(draws, bool)), 1)
+    whole = complete(whole_values(keys.astype(np.uint64), sizes), 1)
     exact = advise(whole, max_size=bound, policies=("lru", "none"))
     holds = []
     for _ in range(20):
@@ -288,7 +293,7 @@ def test_advice_band_holds_where_whole_values_of_sampled_ranges_are_not_sampled(
     starts = np.maximum(part - 1, 0) * SIZE
     wholes = value * np.uint64(parts + 1)
     requests = replace(
-        whole_values(wholes + part.astype(np.uint64), sizes, np.zeros(draws, bool)),
+        whole_values(wholes + part.astype(np.uint64), sizes),
         wholes=wholes,
         ranges=np.stack([part > 0, starts, np.where(part > 0, starts + SIZE, 0)], 1).astype(
             np.uint64
@@ -311,7 +316,7 @@ def test_advice_band_is_that_of_the_size_whatever_others_are_asked_for() -> None
         rng = np.random.default_rng(seed)
         each = np.maximum(rng.lognormal(4, 1.5, count), 1).astype(np.uint64)
         keys = np.concatenate([rng.permutation(count) for _ in range(4)]).astype(np.uint64)
-        whole = complete(whole_values(keys, each[keys], np.zeros(len(keys), bool)), 1)
+        whole = complete(whole_values(keys, each[keys]), 1)
         taken = (rng.random(count) < rate)[keys]
         sample = replace(complete(whole.select(taken), 1), rate=rate, requests=float(len(keys)))
         bound = int(each.sum())
@@ -337,9 +342,7 @@ def test_advice_band_of_bytes_holds_where_sizes_are_uneven(spread: float, skew: 
         sizes = np.minimum(10 + rng.lognormal(3, spread, count), 200_000).astype(np.uint64)
         keys = rng.permutation(count)[rng.choice(count, draws, p=weights / weights.sum())]
         bound = int(sizes.sum()) // 10
-        whole = complete(
-            whole_values(keys.astype(np.uint64), sizes[keys], np.zeros(draws, bool)), 1
-        )
+        whole = complete(whole_values(keys.astype(np.uint64), sizes[keys]), 1)
         exact = advise(whole, max_size=bound, policies=("lru", "none"))
         taken = (rng.random(count) < rate)[keys]
         sample = replace(
@@ -358,7 +361,7 @@ def test_advice_band_of_bytes_holds_where_sizes_are_uneven(spread: float, skew: 
 
 def test_advice_source_bytes_show_their_band() -> None:
     keys = np.tile(np.arange(200, dtype=np.uint64), 3)
-    whole = complete(whole_values(keys, 100 + keys * 10, np.zeros(len(keys), bool)), 1)
+    whole = complete(whole_values(keys, 100 + keys * 10), 1)
     exact = advise(whole, max_size=10_000)
     assert "±" not in str(exact)
     advice = advise(replace(whole, rate=0.5, requests=1200.0), max_size=10_000)
@@ -399,10 +402,10 @@ def test_advice_where_more_was_requested_than_a_cache_can_hold() -> None:
     """It named a present size that is none."""
     keys = np.tile(np.arange(200, dtype=np.uint64), 3)
     sizes = np.full(len(keys), 2**47, np.uint64)
-    whole = complete(whole_values(keys, sizes, np.zeros(len(keys), bool)), 1)
+    whole = complete(whole_values(keys, sizes), 1)
     advice = advise(replace(whole, rate=1e-4, requests=6e6), max_size=None)
     assert advice.max_size == int(advice.sizes[-1]) == 2**64 - 1
-    on_disk = complete(whole_values(keys, sizes, np.zeros(len(keys), bool)), 4096, 512, 2**32)
+    on_disk = complete(whole_values(keys, sizes), 4096, 512, 2**32)
     small = advise(replace(on_disk, rate=1e-4, requests=6e6), max_size=None, sizes=[1])
     assert small.curves["lru"].hit_ratio[0] == 0
 

@@ -66,14 +66,6 @@ class Requests:
         return {column.name: getattr(self, column.name) for column in fields(Requests)}
 
 
-def whole_values(
-    keys: NDArray[np.uint64], sizes: NDArray[np.uint64], hits: NDArray[np.bool_]
-) -> Requests:
-    """Requests of whole values, none of which is too old."""
-    ranges = np.zeros((len(keys), 3), np.uint64)
-    return Requests(keys, keys, ranges, sizes, hits, np.zeros(len(keys), bool))
-
-
 @dataclass(frozen=True)
 class Trace(Requests):
     """Requests to simulate, those of which the sizes are not known left out.
