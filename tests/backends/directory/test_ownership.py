@@ -342,7 +342,7 @@ async def test_cache_of_another_user_in_a_directory_of_roots_is_refused(
     # Where none may touch what is another's, none may write into it either, nor may the group.
     assert reserved.stat().st_mode & 0o777 == (0o755 if mode & stat.S_ISVTX else 0o777)
     del store
-    await closed(where)
+    await closed(tmp_path)
     os.chown(reserved, 50001, -1)
     again = partial(CacheStore, MemoryStore(), source_id="s")
     with pytest.raises(CacheOwnershipError, match=r"\.zcache is another user's \(uid 50001\)"):
