@@ -82,11 +82,12 @@ pub(super) fn change_in(
 ) -> rustix::io::Result<()> {
     let _one_at_a_time = OneAtATime::begin();
     let before = fstat(at.folder)?;
-    change(at)?;
+    let changed = change(at);
+    // Also where that failed: what it has made may have been removed again, but the folder has not shrunk.
     if let Ok(after) = fstat(at.folder) {
         count_folders(blocks(&after).saturating_sub(blocks(&before)));
     }
-    Ok(())
+    changed
 }
 
 /// Removes a folder if it is empty, and counts that.
@@ -220,5 +221,31 @@ pub(super) fn prune_to(root: &Root<'_>, name: &Path, kept: usize) {
             // It holds something, or that cannot be known.
             Err(_) => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn folder_that_has_grown_in_a_change_that_failed_is_counted() {
+        let path = std::env::temp_dir().join(format!("zcache-grown-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        let root = Root::open(&path).unwrap();
+        let place = root.find(Path::new("name")).unwrap();
+        let size = || blocks(&fstat(place.at().folder).unwrap());
+        let before = size();
+        take_folders();
+        let changed = change_in(place.at(), |_| {
+            for n in 0..200 {
+                fs::write(path.join(format!("{n:0200}")), b"").unwrap();
+            }
+            Err(Errno::IO)
+        });
+        assert_eq!(changed, Err(Errno::IO));
+        assert_eq!(take_folders(), size() - before);
+        fs::remove_dir_all(path).unwrap();
     }
 }

@@ -18,6 +18,7 @@ mod participants;
 mod recovery;
 mod sample_file;
 mod step;
+mod unfinished;
 
 pub use self::former::FormerValue;
 pub use self::header::PARTICIPANTS;

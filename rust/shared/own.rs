@@ -15,7 +15,7 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, Result};
 
-use super::header::new_generation;
+use super::unfinished::make_unfinished;
 
 const SET_GID: RawMode = 0o2000;
 const STICKY: RawMode = 0o1000;
@@ -30,6 +30,9 @@ const LIST: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC);
+
+/// Times that a folder is made again because another process took the unfinished one for left behind.
+const TRIES: u32 = 8;
 
 /// To make something in a folder, which need not be one to list.
 const FOLDER: OFlags = {
@@ -135,16 +138,17 @@ pub fn make_file<Fd: AsFd>(folder: Fd, name: impl AsRef<Path>) -> Result<OwnedFd
         }
     }
     let create = |name: &Path| openat(folder, name, NEW | OFlags::CREATE | OFlags::EXCL, PRIVATE);
-    let (unfinished, file) = make_unfinished(|name| create(Path::new(name)))?;
-    let named = open(&file).and_then(|()| match rename_new(folder, &unfinished, name) {
+    let (unfinished, file) = make_unfinished(folder, |name| create(Path::new(name)))?;
+    let named = open(&file).and_then(|()| match rename_new(folder, &unfinished.text, name) {
         Err(error) if is_unknown(error) => {
-            linkat(folder, &unfinished, folder, name, AtFlags::empty())?;
-            unlinkat(folder, &unfinished, AtFlags::empty())
+            linkat(folder, &unfinished.text, folder, name, AtFlags::empty())?;
+            unlinkat(folder, &unfinished.text, AtFlags::empty())
         }
         renamed => renamed,
     });
     if named.is_err() {
-        let _ = unlinkat(folder, &unfinished, AtFlags::empty());
+        // Else the next one with this name does.
+        let _ = unlinkat(folder, &unfinished.text, AtFlags::empty());
     }
     match named {
         Err(error) if is_unknown(error) => {
@@ -203,17 +207,33 @@ fn make_in(
     mode: Option<RawMode>,
     group_writes: bool,
 ) -> Result<()> {
+    for _ in 1..TRIES {
+        match try_make_in(above, name, mode, group_writes) {
+            Err(Errno::NOENT) => {}
+            made => return made,
+        }
+    }
+    try_make_in(above, name, mode, group_writes)
+}
+
+fn try_make_in(
+    above: BorrowedFd<'_>,
+    name: &Path,
+    mode: Option<RawMode>,
+    group_writes: bool,
+) -> Result<()> {
     let status = fstat(above)?;
-    let (unfinished, ()) = make_unfinished(|name| mkdirat(above, name, Mode::RWXU))?;
-    let renamed = open_made(above, &unfinished)
+    let (unfinished, ()) = make_unfinished(above, |name| mkdirat(above, name, Mode::RWXU))?;
+    let renamed = open_made(above, &unfinished.text)
         .and_then(|made| open_to_users(&made, &status, mode, group_writes))
-        .and_then(|()| match rename_new(above, &unfinished, name) {
+        .and_then(|()| match rename_new(above, &unfinished.text, name) {
             // This replaces an empty folder at most, by its like.
-            Err(error) if is_unknown(error) => renameat(above, &unfinished, above, name),
+            Err(error) if is_unknown(error) => renameat(above, &unfinished.text, above, name),
             renamed => renamed,
         });
     if renamed.is_err() {
-        let _ = unlinkat(above, &unfinished, AtFlags::REMOVEDIR);
+        // Else the next one with this name does.
+        let _ = unlinkat(above, &unfinished.text, AtFlags::REMOVEDIR);
     }
     match renamed {
         Err(Errno::NOTEMPTY) => Err(Errno::EXIST),
@@ -231,18 +251,6 @@ fn reopened(folder: BorrowedFd<'_>, name: &Path, file: OwnedFd) -> OwnedFd {
         .ok()
         .filter(|opened| identity(opened) == identity(&file))
         .unwrap_or(file)
-}
-
-/// Makes something by a name that nothing has, and gives both.
-fn make_unfinished<T>(make: impl Fn(&str) -> Result<T>) -> Result<(String, T)> {
-    loop {
-        let name = format!(".zcache-{:016x}", new_generation());
-        match make(&name) {
-            // Another thread took its name at the same time.
-            Err(Errno::EXIST) => {}
-            made => return Ok((name, made?)),
-        }
-    }
 }
 
 /// Opens a folder that was just made. Who may write above may have put another one in its place: what is in it is not ours
@@ -320,7 +328,6 @@ fn open_to_users(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::cell::RefCell;
     use std::fs::{self, Permissions};
     use std::os::unix::fs::PermissionsExt;
     use std::path::PathBuf;
@@ -333,19 +340,17 @@ mod tests {
     }
 
     #[test]
-    fn unfinished_name_that_is_taken_is_followed_by_another() {
-        let tried = RefCell::new(Vec::new());
-        let made = make_unfinished(|name| {
-            tried.borrow_mut().push(name.to_owned());
-            let names = tried.borrow();
-            (names.last() != names.first())
-                .then_some(names.len())
-                .ok_or(Errno::EXIST)
-        });
-        let tried = tried.into_inner();
-        assert_eq!(made, Ok((tried[tried.len() - 1].clone(), tried.len())));
-        let other: Result<(String, ())> = make_unfinished(|_| Err(Errno::NOSPC));
-        assert_eq!(other, Err(Errno::NOSPC));
+    fn unfinished_name_that_others_have_taken_keeps_no_one_from_making_a_folder() {
+        let (path, above) = folder("kept-from");
+        let mkdir = |name: &str| mkdirat(&above, name, Mode::RWXU);
+        let (name, ()) = make_unfinished(above.as_fd(), mkdir).unwrap();
+        let theirs = path.join(&name.text).join("theirs");
+        drop(name);
+        fs::write(&theirs, b"1").unwrap();
+        make_folder_in(&above, Path::new("made")).unwrap();
+        assert!(path.join("made").is_dir());
+        assert_eq!(fs::read(&theirs).unwrap(), b"1");
+        fs::remove_dir_all(path).unwrap();
     }
 
     #[test]

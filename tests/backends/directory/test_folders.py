@@ -14,6 +14,9 @@ from zarr.storage import LocalStore, MemoryStore
 from directories import closed
 from support import buf, read
 from zcache import CachePool, CacheStore
+from zcache._backends.directory.files import remove_empty_folders
+from zcache._backends.directory.temporary import remove_unfinished_folders
+from zcache._core import write_tombstone
 from zcache.testing import FakeClock, StoreDouble, check_invariants_async, stored_sizes
 
 if TYPE_CHECKING:
@@ -334,3 +337,63 @@ async def test_volume_without_inodes_takes_nothing_and_serves(few_inodes: Path) 
         await filled(store, f"a/c/{n}/0")
     assert len(stored_sizes(store)) == 10
     await check_invariants_async(store)
+
+
+@pytest.fixture
+def appended_to(tmp_path: Path) -> Iterator[Path]:
+    """A folder for a cache, on a volume where a folder can be one that only takes names."""
+    root = tmp_path / "cache"
+    root.mkdir()
+    if not takes_names_only(root, True):
+        pytest.skip("this user may not set that mark, or the file system knows none")
+    takes_names_only(root, False)
+    yield root
+    takes_names_only(root, False)
+
+
+def takes_names_only(root: Path, says_so: bool) -> bool:
+    """Have no name in a folder and those in it be changed or removed, or end that."""
+    found = [root, *(path for path in root.rglob("*") if path.is_dir())]
+    command = ["chattr", "+a" if says_so else "-a", *map(str, found)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def unfinished(root: Path) -> list[Path]:
+    return list(root.rglob(".zcache-*"))
+
+
+async def test_folder_that_can_neither_be_finished_nor_removed_is_followed_by_no_other(
+    appended_to: Path,
+) -> None:
+    source = MemoryStore({f"a/{n}/0": buf(bytes(3000)) for n in range(20)})
+    store = open_store(appended_to, source, max_size="100kB", min_free_space=0)
+    await filled(store, "a/0/0")
+    takes_names_only(appended_to, True)
+    for _ in range(3):
+        for n in range(20):
+            await read(store, f"a/{n}/0")
+        assert store.drain_sync()
+        with contextlib.suppress(OSError):
+            write_tombstone(str(appended_to), "a/0/0")
+        assert len(unfinished(appended_to)) == 1
+    takes_names_only(appended_to, False)
+    store.close()
+    del store
+    await closed(appended_to.parent)
+    with open_store(appended_to, source, max_size="100kB", min_free_space=0):
+        assert unfinished(appended_to) == []
+
+
+def test_unfinished_folder_of_others_goes_if_it_is_empty(tmp_path: Path) -> None:
+    left, full = (f".zcache/.zcache-{n:016x}" for n in (1, 2))
+    for name in (left, f"{full}/theirs", ".zcache/.zcache-mine", ".zcache-0123456789abcdef"):
+        (tmp_path / name).mkdir(parents=True)
+    remove_unfinished_folders(str(tmp_path))
+    assert not (tmp_path / left).exists()
+    assert (tmp_path / full / "theirs").is_dir()
+    assert (tmp_path / ".zcache/.zcache-mine").is_dir()
+    # What is in the directory itself goes with the other empty folders, at a rebuild.
+    assert (tmp_path / ".zcache-0123456789abcdef").is_dir()
+    remove_empty_folders(str(tmp_path))
+    assert not (tmp_path / ".zcache-0123456789abcdef").exists()
+    assert (tmp_path / full / "theirs").is_dir()

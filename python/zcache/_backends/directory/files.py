@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
+from zcache._backends.directory.temporary import is_unfinished
 from zcache._backends.tombstones import RANGES
 from zcache._byte_ranges import is_encodable
 from zcache._core import (
@@ -155,7 +156,8 @@ def remove_empty_folders(root: str) -> None:
             inside = list(entries)
             for entry in inside:
                 # Such as .zcache itself; others are the system's.
-                if entry.name.startswith(".") or entry.name in TOLERATED:
+                is_hidden = entry.name.startswith(".") and not is_unfinished(entry.name)
+                if is_hidden or entry.name in TOLERATED:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     remove_empty_folder(root, above + entry.name)

@@ -15,7 +15,7 @@ from zcache._backends.directory import files
 from zcache._backends.directory.scan import Scanner
 from zcache._backends.directory.space import SpaceLog
 from zcache._backends.directory.stamp import Stamp
-from zcache._backends.directory.temporary import TemporaryFiles
+from zcache._backends.directory.temporary import TemporaryFiles, remove_unfinished_folders
 from zcache._backends.ownership import Kind, other_source
 from zcache._core import Index, make_folder, make_way, open_own
 from zcache.exceptions import CacheOwnershipError
@@ -194,10 +194,11 @@ class Layout:
         self.make_folders()
 
     def make_folders(self) -> None:
-        """Make what is missing of the folders."""
+        """Make what is missing of the folders, and remove those that could not be finished before."""
         self.stamp.make_folder()
         for folder in (self.index_root, self.temporary.path):
             make_folder(folder)
+        remove_unfinished_folders(self.root)
 
     def note_doubt(self) -> None:
         """Have the next scan take in only what is recorded to be the source's, where all else is gone."""

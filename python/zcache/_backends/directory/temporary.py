@@ -1,4 +1,4 @@
-"""Unfinished files of a cache directory, below ``.zcache/tmp/``, and who may remove them."""
+"""Unfinished files of a cache directory, below ``.zcache/tmp/``, and unfinished folders; and who may remove them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -14,6 +15,8 @@ from zcache._core import open_folder
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_UNFINISHED: Final = re.compile(r"\.zcache-[0-9a-f]{16}")
+"""Names of folders that have not got theirs yet (`rust/shared/own.rs`)."""
 _LONGEST_WRITE: Final = 3600.0
 """Seconds after which a file of a process without a slot counts as left behind."""
 
@@ -87,6 +90,27 @@ class TemporaryFiles:
                 fcntl.flock(file, fcntl.LOCK_UN)
         finally:
             os.close(file)
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether zcache gives such a name to a folder that it has just made."""
+    return _UNFINISHED.fullmatch(name) is not None
+
+
+def remove_unfinished_folders(root: str) -> None:
+    """Remove the folders in ``.zcache`` that could neither be finished nor removed, as far as that is possible now.
+
+    They never counted. A process that was about to finish one makes another.
+    """
+    with contextlib.suppress(OSError):
+        folder = open_folder(root, ".zcache")
+        try:
+            for name in filter(is_unfinished, os.listdir(folder)):
+                # One that is not empty is not unfinished.
+                with contextlib.suppress(OSError):
+                    os.rmdir(name, dir_fd=folder)
+        finally:
+            os.close(folder)
 
 
 def _remove(folder: int, names: list[str]) -> None:
