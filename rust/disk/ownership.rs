@@ -27,7 +27,7 @@ const NANOS: i64 = 1_000_000_000;
 /// The extended attribute with length and checksum of a value, on file systems that have them.
 const ATTRIBUTE: &CStr = c"user.zcache";
 
-pub(super) fn set_modified(file: impl AsFd, nanos: i64) -> io::Result<()> {
+pub(super) fn set_modified(file: impl AsFd, nanos: i64) -> rustix::io::Result<()> {
     let time = Timespec {
         tv_sec: nanos.div_euclid(NANOS),
         tv_nsec: nanos.rem_euclid(NANOS),
@@ -36,7 +36,7 @@ pub(super) fn set_modified(file: impl AsFd, nanos: i64) -> io::Result<()> {
         last_access: time,
         last_modification: time,
     };
-    Ok(futimens(file, &times)?)
+    futimens(file, &times)
 }
 
 /// Nanoseconds since 1970 of a modification time.
@@ -208,5 +208,8 @@ pub fn holds<'a>(file: impl Into<At<'a>>, size: u64, checksum: u32) -> io::Resul
 pub fn sign(root: &Path, name: &Path, fetched: u64) -> io::Result<()> {
     let file = open_value(root, name)?;
     let milli = i64::try_from(fetched).unwrap_or(0);
-    set_modified(&file, milli.saturating_mul(MILLI).saturating_add(SIGNATURE))
+    Ok(set_modified(
+        &file,
+        milli.saturating_mul(MILLI).saturating_add(SIGNATURE),
+    )?)
 }

@@ -189,8 +189,12 @@ fn give_name(unfinished: At<'_>, at: At<'_>) -> rustix::io::Result<()> {
     match linkat(from.folder, from.name, to.folder, to.name, AtFlags::empty()) {
         // No links either, or not to this file: an empty file takes the name, and is replaced.
         Err(Errno::PERM | Errno::NOTSUP | Errno::MLINK | Errno::NOSYS) => {
-            to.create(Mode::from_raw_mode(0o600))?;
-            let moved = renameat(from.folder, from.name, to.folder, to.name);
+            let empty = to.create(Mode::from_raw_mode(0o600))?;
+            // Where it can neither be replaced nor removed now, it is known as pending, and removed later.
+            let signed = from
+                .status()
+                .and_then(|status| set_modified(&empty, modified(&status)));
+            let moved = signed.and_then(|()| renameat(from.folder, from.name, to.folder, to.name));
             if moved.is_err() {
                 let _ = to.unlink();
             }
