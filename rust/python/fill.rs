@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use pyo3::exceptions::PyMemoryError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 
@@ -134,8 +135,11 @@ impl DirectoryFills {
             };
             Python::try_attach(|py| {
                 drop(leftovers);
-                if let Err(error) = on_idle.call0(py) {
-                    error.write_unraisable(py, Some(on_idle.bind(py)));
+                match on_idle.call0(py) {
+                    // Who asks next finds what has ended.
+                    Err(error) if error.is_instance_of::<PyMemoryError>(py) => {}
+                    Err(error) => error.write_unraisable(py, Some(on_idle.bind(py))),
+                    Ok(_) => {}
                 }
             });
         });

@@ -266,3 +266,23 @@ async def test_fill_of_ranges_and_values_have_files_of_their_own(tmp_path: Path)
     assert await read_through(store, "a/c/0") == b"0123456789"
     assert (tmp_path / "cache/a/c/0").read_bytes() == b"0123456789"
     await check_quiet(store)
+
+
+async def test_call_of_ended_fills_without_memory_prints_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", printed.append)
+    calls = []
+
+    def fails(directory: object) -> None:
+        calls.append(directory is not None)
+        raise MemoryError
+
+    monkeypatch.setattr("zcache._backends.directory.index._became_idle", fails)
+    store, _ = open_store(tmp_path)
+    await write(store, "a", b"value")
+    await until(lambda: calls)
+    await drained(store)
+    assert store.is_cached("a")
+    assert printed == []
