@@ -151,7 +151,9 @@ def _accuracy(work: str, keys: traces.Keys, sizes: traces.Keys) -> Row:
     seconds = time.perf_counter() - begun
     asked, ranges = keys.astype(np.uint64), np.zeros((len(keys), 3), np.uint64)
     never = np.zeros(len(keys), bool)
-    requests = Requests(asked, asked, ranges, sizes[keys].astype(np.uint64), never, never)
+    requests = Requests(
+        asked, asked, ranges, sizes[keys].astype(np.uint64), never, never, never.astype(np.uint8)
+    )
     trace = complete(requests, 1)
     exact = advise(trace, max_size=bound)
     errors = np.array(

@@ -8,7 +8,9 @@ use proptest::prelude::*;
 use zcache::arena::Heap;
 use zcache::cache::{Answer, Cache, Freshness, Joined, Limits, Reserve};
 use zcache::key::{ByteRange, Part, hash_word};
-use zcache::sampling::{EARLIER, FORMER, HIT, KEYS, OUTDATED, REQUESTS, Sample, Trace, UNKNOWN};
+use zcache::sampling::{
+    DROPPED, EARLIER, FILLED, FORMER, HIT, KEYS, OUTDATED, REQUESTS, Sample, Trace, UNKNOWN,
+};
 use zcache::shared::{Opening, SharedIndex};
 
 use crate::place::Place;
@@ -199,6 +201,99 @@ fn a_size_that_is_learned_later_counts_for_all_requests_of_the_key() {
     assert_eq!(trace.flags, [0, OUTDATED]);
 }
 
+#[test]
+fn each_request_has_the_size_that_the_value_had_then() {
+    let mut sample = Sample::new(0);
+    // Of a value that others change: a hit shows its size, ...
+    sample.push(&whole(1), Some(5), HIT);
+    sample.push(&whole(1), Some(6), HIT);
+    // ... a miss brings the next one, which is told later, ...
+    sample.push(&whole(1), None, OUTDATED);
+    sample.push(&whole(2), None, 0);
+    sample.note_size(&whole(1), 70);
+    sample.note_size(&whole(2), 9);
+    sample.note_size(&whole(1), 70);
+    sample.push(&whole(1), Some(70), HIT);
+    // ... maybe by a hit of it.
+    sample.push(&whole(1), None, 0);
+    sample.push(&whole(1), Some(800), HIT);
+    // One that is taken back has brought nothing.
+    sample.push(&whole(2), None, 0);
+    sample.retract(hash(2), false);
+    sample.note_size(&whole(2), 11);
+    sample.push(&whole(2), Some(11), HIT);
+    let trace = sample.trace();
+    assert_eq!(keys_of(&trace), [1, 1, 1, 2, 1, 1, 1, 2].map(hash));
+    assert_eq!(trace.sizes, [5, 6, 70, 9, 70, 800, 800, 11]);
+}
+
+#[test]
+fn writes_are_kept_between_the_requests() {
+    let mut sample = Sample::new(0);
+    sample.count();
+    sample.push(&whole(1), Some(5), HIT);
+    sample.note_drop(&whole(1));
+    sample.note_fill(&whole(1), 6);
+    sample.note_fill(&whole(2), 7);
+    // Of what is not known there is nothing to drop.
+    sample.note_drop(&whole(3));
+    sample.count();
+    sample.push(&whole(1), Some(6), HIT);
+    let trace = sample.trace();
+    assert_eq!(keys_of(&trace), [1, 1, 1, 2, 1].map(hash));
+    assert_eq!(trace.flags, [HIT, DROPPED, FILLED, FILLED, HIT]);
+    assert_eq!([0, 2, 3, 4].map(|at| trace.sizes[at]), [5, 6, 7, 6]);
+    assert_eq!(trace.requests, 2);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(8))]
+
+    /// Whatever is thinned out or forgotten meanwhile, also in the middle of a change.
+    #[test]
+    fn sizes_that_change_are_right_for_all_requests_that_are_left(
+        keys in prop::sample::select(vec![3u64, 700, 30_000]),
+        steps in 100_000u64..400_000,
+        seed in any::<u64>(),
+    ) {
+        let mut sample = Sample::new(0);
+        let mut sizes: HashMap<u64, u64> = HashMap::new();
+        let mut made = Vec::new();
+        for step in 0..steps {
+            let random = hash_word(step.to_le_bytes(), 8, seed, 1);
+            let (key, choice) = (random % keys, random >> 32);
+            let size = sizes.entry(key).or_insert(key + 1);
+            let is_changed = choice.is_multiple_of(4);
+            *size += u64::from(is_changed);
+            if sample.has(hash(key)) {
+                match choice % 3 {
+                    0 if is_changed => {
+                        sample.note_drop(&whole(key));
+                        sample.note_fill(&whole(key), *size);
+                    }
+                    1 => {
+                        sample.push(&whole(key), None, 0);
+                        sample.note_size(&whole(key), *size);
+                        made.push((hash(key), *size));
+                    }
+                    _ => {
+                        sample.push(&whole(key), Some(*size), HIT);
+                        made.push((hash(key), *size));
+                    }
+                }
+            }
+        }
+        made.retain(|(key, _)| sample.has(*key));
+        let trace = sample.trace();
+        let found: Vec<(u64, u64)> = (trace.parts.iter().zip(&trace.sizes).zip(&trace.flags))
+            .filter(|(_, flags)| **flags & (EARLIER | DROPPED | FILLED) == 0)
+            .map(|((part, size), _)| (part.hash, *size))
+            .collect();
+        prop_assert!(found.len() > 10_000);
+        prop_assert_eq!(&found[..], &made[made.len() - found.len()..]);
+    }
+}
+
 /// The bytes of a sample, to be damaged.
 fn bytes_of(sample: &mut Sample) -> &mut [u8] {
     bytemuck::bytes_of_mut(sample)
@@ -230,6 +325,8 @@ proptest! {
         for key in keys {
             request(&mut sample, key);
             sample.note_size(&whole(key), 9);
+            sample.note_drop(&whole(key + 2));
+            sample.note_fill(&whole(key / 2), 8);
             sample.retract(hash(key + 1), false);
         }
         let trace = sample.trace();
@@ -242,19 +339,24 @@ proptest! {
     }
 
     /// A process is killed between any two stores: any part of a step is done. The next one goes on, and what
-    /// the sample then holds is at most one request off.
+    /// the sample then holds is at most one step off.
     #[test]
     fn a_step_that_is_cut_off_anywhere_leaves_it_usable(
         first in 0u64..60,
         done in prop::collection::vec(any::<bool>(), 24),
         key in 0u64..80,
+        is_write in any::<bool>(),
     ) {
         let mut sample = Sample::new(0);
         for key in 0..first {
             request(&mut sample, key);
         }
         let mut before = *sample;
-        request(&mut sample, key);
+        if is_write {
+            sample.note_fill(&whole(key), 7);
+        } else {
+            request(&mut sample, key);
+        }
         let changed: Vec<usize> = {
             let (old, new) = (bytemuck::bytes_of(&before), bytemuck::bytes_of(&*sample));
             (0..old.len() / 8).filter(|n| old[n * 8..n * 8 + 8] != new[n * 8..n * 8 + 8]).collect()
@@ -276,8 +378,11 @@ proptest! {
         }
         let trace = torn.trace();
         let expected = first + 100;
-        prop_assert!((expected..=expected + 1).contains(&(trace.parts.len() as u64)));
-        prop_assert!(trace.requests >= expected && trace.requests <= expected + 1);
+        // A write has as many words as five requests, which may be counted or not.
+        let (fewer, more) = if is_write { (5, 5) } else { (0, 1) };
+        let some = expected.saturating_sub(fewer)..=expected + more;
+        prop_assert!(some.contains(&(trace.parts.len() as u64)));
+        prop_assert!(some.contains(&trace.requests));
         prop_assert_eq!(keys_of(&trace)[trace.parts.len() - 100..].to_vec(), (0..100).map(hash).collect::<Vec<_>>());
     }
 }

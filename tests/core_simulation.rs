@@ -431,3 +431,52 @@ fn simulation_of_ranges_serves_what_an_index_serves() {
     assert!(!read(1, range(5, 6), 1) && !read(1, range(12, 15), 3));
     simulation.validate().unwrap();
 }
+
+#[test]
+fn simulation_of_a_value_that_grows_makes_room_for_it() {
+    let mut simulation = Simulation::new(PolicyKind::Lru, 10);
+    for key in 1..=3 {
+        assert!(!simulation.access(key, 3));
+    }
+    // It is there, and takes the place of the others from now on.
+    assert!(simulation.access(1, 9));
+    assert_eq!(simulation.bytes(), 9);
+    assert!(simulation.access(1, 9) && !simulation.access(2, 3) && !simulation.access(1, 2));
+    assert_eq!(simulation.bytes(), 5);
+    // One that is too large by now is not kept.
+    assert!(simulation.access(1, 11) && !simulation.access(1, 11));
+    assert_eq!(simulation.bytes(), 3);
+    simulation.validate().unwrap();
+}
+
+#[test]
+fn simulation_of_what_is_too_old_replaces_it() {
+    for policy in [PolicyKind::Lru, PolicyKind::None, PolicyKind::Adaptive] {
+        let mut simulation = Simulation::new(policy, 10);
+        let value = Part::of_whole(hash(1));
+        // What is not held comes in as any other value.
+        assert!(!simulation.refresh_part(value, 4, 4));
+        assert!(!simulation.access(hash(2), 4));
+        assert!(simulation.refresh_part(value, 6, 6));
+        assert_eq!(simulation.bytes(), 10);
+        assert!(simulation.access(hash(1), 6) && simulation.access(hash(2), 4));
+        simulation.validate().unwrap();
+    }
+}
+
+#[test]
+fn simulation_of_a_write_drops_the_value_with_its_ranges() {
+    let range = ByteRange::Range { start: 0, end: 4 };
+    let (value, piece) = (part(1, ByteRange::Full), part(1, range));
+    for written in [None, Some(30)] {
+        let mut simulation = Simulation::new(PolicyKind::Lru, 100).of_source(true);
+        assert!(!simulation.access_part(piece, 4, 4));
+        assert!(!simulation.access_part(part(2, range), 4, 4));
+        assert!(!simulation.access_part(value, 20, 20));
+        simulation.write(value.hash, written);
+        assert_eq!(simulation.bytes(), 4 + written.unwrap_or(0));
+        assert_eq!(simulation.access_part(piece, 4, 4), written.is_some());
+        assert!(simulation.access_part(part(2, range), 4, 4));
+        simulation.validate().unwrap();
+    }
+}

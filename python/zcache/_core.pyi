@@ -436,10 +436,11 @@ class Index:
         keys : bytes
             For each sampled request, oldest first, 8 bytes that stand for its key and range.
         sizes : bytes
-            The bytes of the answer, 8 bytes each; 2**64 - 1 where they are not known.
+            The bytes of the answer then, 8 bytes each; 2**64 - 1 where they are not known.
         flags : bytes
             2 bytes each, with these bits: 14, what was cached was too old; 15, it was a hit; 1, it stands for the
-            requests before the first one that is kept; 0, it does not count and only fills a simulated cache.
+            requests before the first one that is kept; 0, it does not count and only fills a simulated cache. With bit
+            2 or 3 it is no request: a write has dropped what was cached of the key, or has taken its place.
         wholes : bytes
             What stands for the whole value, 8 bytes each.
         ranges : bytes
@@ -692,11 +693,12 @@ class Index:
         """Say that a key is going to be written in the source; fills of it that have begun end uncached."""
 
     def end_write(
-        self, key: str, ok: bool, flight: object = None, /
+        self, key: str, ok: bool, flight: object = None, size: int | None = None, /
     ) -> tuple[list[_Victim], int | None]:
         """Say that a write has ended; returns what to delete, and a ticket to cache what was written.
 
-        With `flight`, which holds the value, readers may join that until the value is in the cache store.
+        With `flight`, which holds the value, readers may join that until the value is in the cache store. With its `size`
+        the sample knows that it is cached.
         """
 
     def drop_missing(self, key: str, /) -> list[_Victim]:
@@ -1383,6 +1385,8 @@ def simulate(
     sizes: bytes,
     parts: bytes | None = None,
     slices_like_python: bool = False,
+    kinds: bytes | None = None,
+    lens: bytes | None = None,
     /,
 ) -> bytes:
     """Which requests a cache would have served, by the code of the eviction policies themselves.
@@ -1394,13 +1398,19 @@ def simulate(
     capacity : int
         Bytes that the cache holds at most.
     keys, sizes : bytes
-        What each request asks for, as a number, and the bytes that it takes: 8 bytes each, in native order.
+        What each request asks for, as a number, and the bytes that it takes: 8 bytes each, in native order. What is held
+        and is asked for with another size is another value from then on.
     parts : bytes, optional
         Of which values the numbers from 0 on are byte ranges: the number of the whole one, kind and numbers of the range
-        (kind 0 for the whole value), and its bytes; 40 bytes each. Default is None: all are whole values.
+        (kind 0 for the whole value); 32 bytes each. Default is None: all are whole values.
     slices_like_python : bool, optional
         Whether the source does, whatever the request. Default is False: a whole value serves what all sources agree
         about.
+    kinds : bytes, optional
+        What each step is: 0, a read; 1, a read of what is too old, which is replaced where it is held; 2, a write has
+        dropped the value and its ranges; 3, the same, and what was written takes their place. Default is None: reads.
+    lens : bytes, optional
+        Bytes of each answer, as `sizes`. Default is None: those that it takes.
 
     Returns
     -------

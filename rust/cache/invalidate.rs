@@ -41,6 +41,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.bump_version(key);
         self.announce_write(key, true);
         self.flights.begin_write(key, self.version(key));
+        self.note_sampled_drop(key);
         Ok(victims)
     }
 

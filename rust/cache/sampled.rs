@@ -154,6 +154,28 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
     }
 
+    /// A write has dropped what was cached of this key.
+    pub(super) fn note_sampled_drop(&mut self, key: &str) {
+        if S::EXCLUSIVE && self.own_sample.is_none() {
+            return;
+        }
+        if let Some(part) = self.sampled_part(key, ByteRange::Full)
+            && let Some(sample) = self.sample_mut()
+        {
+            sample.note_drop(&part);
+        }
+    }
+
+    /// What a write of this key has written is about to be cached, or would be.
+    pub fn note_sampled_fill(&mut self, key: &str, size: u64) {
+        if key::is_cacheable(key)
+            && let Some(part) = self.sampled_part(key, ByteRange::Full)
+            && let Some(sample) = self.sample_mut()
+        {
+            sample.note_fill(&part, size);
+        }
+    }
+
     /// A copy of the sample; the bytes of a block, of which an entry takes whole ones; and those of folders or
     /// segments for each entry.
     #[must_use]

@@ -60,30 +60,91 @@ impl Simulation {
         self.try_access(part, len, size).unwrap_or(false)
     }
 
+    /// Reads what is too old to be served, if it is held: another value takes its place. Whether it was there.
+    pub fn refresh_part(&mut self, part: Part, len: u64, size: u64) -> bool {
+        self.try_refresh(part, len, size).unwrap_or(false)
+    }
+
+    /// A write drops a value and its ranges, and what is written comes in, if that is cached.
+    pub fn write(&mut self, key: u64, written: Option<u64>) {
+        // As above: there is no error.
+        let _ = self.try_write(key, written);
+    }
+
     fn try_access(&mut self, part: Part, len: u64, size: u64) -> Result<bool> {
-        let key = part.hash;
+        let Some(entry) = self.serving(&part, len)? else {
+            self.fill(part, len, size, false)?;
+            return Ok(false);
+        };
         let mut keys = Keys::of(&mut self.words, self.nodes, &mut self.history)?;
+        if keys.hash(entry)? == part.hash && keys.size(entry)? != size {
+            // Another value is there by now.
+            self.drop_key(part.hash)?;
+            self.fill(part, len, size, false)?;
+        } else {
+            self.policy.touch(&mut keys, entry)?;
+        }
+        Ok(true)
+    }
+
+    fn try_refresh(&mut self, part: Part, len: u64, size: u64) -> Result<bool> {
+        if !self.drop_key(part.hash)? {
+            return self.try_access(part, len, size);
+        }
+        self.fill(part, len, size, true)?;
+        Ok(true)
+    }
+
+    fn try_write(&mut self, key: u64, written: Option<u64>) -> Result<()> {
+        self.drop_key(key)?;
+        for range in self.parts.of_value(key) {
+            self.drop_key(range)?;
+        }
+        match written {
+            Some(size) => self.fill(Part::of_whole(key), size, size, false),
+            None => Ok(()),
+        }
+    }
+
+    /// The entry that serves a request.
+    fn serving(&mut self, part: &Part, len: u64) -> Result<Option<u32>> {
+        let keys = Keys::of(&mut self.words, self.nodes, &mut self.history)?;
         let is_range = part.range != ByteRange::Full;
         let mut found = None;
         if self.slices_like_python || is_agreed(part.range, len) {
             found = keys.find(part.whole)?;
         }
         if is_range && found.is_none() {
-            found = match keys.find(key)? {
-                None => match self.parts.around(&part) {
+            found = match keys.find(part.hash)? {
+                None => match self.parts.around(part) {
                     Some(other) => keys.find(other)?,
                     None => None,
                 },
                 own => own,
             };
         }
-        if let Some(entry) = found {
-            self.policy.touch(&mut keys, entry)?;
-            return Ok(true);
-        }
-        if size > self.capacity || self.capacity == 0 {
+        Ok(found)
+    }
+
+    /// Drops an entry; whether it was there.
+    fn drop_key(&mut self, key: u64) -> Result<bool> {
+        let mut keys = Keys::of(&mut self.words, self.nodes, &mut self.history)?;
+        let Some(entry) = keys.find(key)? else {
             return Ok(false);
+        };
+        self.policy.remove(&mut keys, entry)?;
+        self.parts.remove(key);
+        keys.free(entry)?;
+        Ok(true)
+    }
+
+    /// A value or a range that is not held comes in, as far as the policy lets it.
+    fn fill(&mut self, part: Part, len: u64, size: u64, is_admitted: bool) -> Result<()> {
+        if size > self.capacity || self.capacity == 0 {
+            return Ok(());
         }
+        let key = part.hash;
+        let mut keys = Keys::of(&mut self.words, self.nodes, &mut self.history)?;
         let wanted = keys.totals().1.saturating_add(size);
         let newcomer = Newcomer {
             hash: key,
@@ -91,13 +152,15 @@ impl Simulation {
             room: wanted.saturating_sub(self.capacity),
             is_alone: true,
         };
-        if !has_room(&keys, size, self.capacity) && !self.policy.admits(&mut keys, newcomer)? {
-            self.policy.turn_away(&mut keys, newcomer)?;
-            return Ok(false);
+        if !has_room(&keys, size, self.capacity)
+            && !is_admitted
+            && !self.policy.admits(&mut keys, newcomer)?
+        {
+            return self.policy.turn_away(&mut keys, newcomer);
         }
         while !has_room(&keys, size, self.capacity) {
             let Some(victim) = self.policy.victim(&mut keys)? else {
-                return Ok(false);
+                return Ok(());
             };
             self.policy.remove(&mut keys, victim)?;
             self.parts.remove(keys.hash(victim)?);
@@ -109,10 +172,10 @@ impl Simulation {
         }
         let entry = keys.make(key, size)?;
         self.policy.insert(&mut keys, entry)?;
-        if is_range {
+        if part.range != ByteRange::Full {
             self.parts.insert(part, len);
         }
-        Ok(false)
+        Ok(())
     }
 
     /// Bytes that it holds.

@@ -16,20 +16,29 @@ impl Index {
         Ok(raw_victims(victims))
     }
 
-    #[pyo3(signature = (key, ok, flight=None, /))]
+    #[pyo3(signature = (key, ok, flight=None, size=None, /))]
     fn end_write(
         &self,
         py: Python<'_>,
         key: &str,
         ok: bool,
         flight: Option<Bound<'_, PyAny>>,
+        size: Option<u64>,
     ) -> PyResult<(Vec<RawVictim>, Option<u64>)> {
         let key = &*self.whole(key);
         // The caller holds a reference too, so dropping ours under the lock frees nothing.
         let payload = flight
             .as_ref()
             .map(|flight| Flight(flight.clone().unbind()));
-        let (victims, ticket) = step!(self, py, |cache| cache.end_write(key, ok, payload))?;
+        let (victims, ticket) = step!(self, py, |cache| {
+            let ended = cache.end_write(key, ok, payload)?;
+            if let (_, Some(_)) = ended
+                && let Some(size) = size
+            {
+                cache.note_sampled_fill(key, size);
+            }
+            Ok(ended)
+        })?;
         Ok((raw_victims(victims), ticket))
     }
 

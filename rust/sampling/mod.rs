@@ -3,8 +3,10 @@
 //!
 //! Keys are sampled by their hash (SHARDS, Waldspurger et al., FAST 2015), each byte range like a key of its
 //! own: all requests of a sampled key are kept, none of any other. So a cache that is smaller by the sampling rate has, on the sample,
-//! nearly the hits of the full one on all requests. Nothing is simulated here.
+//! nearly the hits of the full one on all requests. Where a value changes its size, or a write drops or fills it,
+//! that is kept among the requests. Nothing is simulated here.
 
+mod change;
 mod known;
 mod marks;
 mod sample;
@@ -12,7 +14,7 @@ mod trace;
 
 pub use self::known::UNKNOWN;
 pub use self::sample::{HIT, KEYS, OUTDATED, REQUESTS, Sample};
-pub use self::trace::{EARLIER, FORMER, Trace};
+pub use self::trace::{DROPPED, EARLIER, FILLED, FORMER, Trace};
 
 use crate::key::{self, ByteRange, Part, RangeLabel};
 

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::known::Known;
+use super::change::{Change, Event, Step, WORDS, steps};
+use super::known::{Known, UNKNOWN};
 use super::marks::Marks;
 use crate::key::{ODD, Part};
 
@@ -15,6 +16,10 @@ pub const KEYS: usize = 16 * 1024;
 pub const REQUESTS: usize = 128 * 1024;
 /// ... as long as there are more than so many; then each request takes the place of the oldest.
 const FEW_KEYS: u32 = 4096;
+/// What a step takes of the ring at most: a change of size, and a request.
+const STEP: u32 = WORDS as u32 + 1;
+/// With so many there may be no room for one more step.
+const FULL: u32 = REQUESTS as u32 - STEP + 1;
 /// Keys and requests for which a file gets room at a time.
 const MORE_KEYS: usize = 1024;
 const MORE_REQUESTS: usize = 8192;
@@ -36,7 +41,7 @@ pub const OUTDATED: u16 = 1 << 14;
 pub const HIT: u16 = 1 << 15;
 /// Both flags of a request: it was taken back.
 pub(super) const RETRACTED: u16 = OUTDATED | HIT;
-const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x04");
+const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x05");
 
 /// The sample: fewer than a million bytes, all of which may be anything at any time. A process that is
 /// killed leaves it with one request too few, or without its check, upon which it is begun anew.
@@ -107,13 +112,12 @@ impl Sample {
     #[must_use]
     pub fn needs(&self) -> Option<Range<usize>> {
         let [known, ring] = self.rooms;
-        let is_full = |used, room, most: usize| used >= room && room < most as u32;
-        if is_full(self.keys, known, KEYS) {
+        if self.keys >= known && known < KEYS as u32 {
             let next = (known as usize + MORE_KEYS).min(KEYS);
             let at = |n| offset_of!(Sample, known) + n * size_of::<Known>();
             return Some(at(known as usize)..at(next));
         }
-        if is_full(self.len, ring, REQUESTS) {
+        if self.len.saturating_add(STEP) > ring && ring < REQUESTS as u32 {
             let next = (ring as usize + MORE_REQUESTS).min(REQUESTS);
             let at = |n| offset_of!(Sample, ring) + n * size_of::<u16>();
             return Some(at(ring as usize)..at(next));
@@ -216,31 +220,72 @@ impl Sample {
     /// Keeps a request of a key that is sampled.
     pub fn push(&mut self, part: &Part, size: Option<u64>, flags: u16) {
         let hash = part.hash;
-        if self.len >= REQUESTS as u32 && self.keys > FEW_KEYS {
-            self.make_room();
-            if !self.has(hash) {
-                return;
-            }
-        }
-        let Some(number) = self.find(hash).or_else(|| self.add(part)) else {
+        let Some(number) = self.find_with_room(hash).or_else(|| self.add(part)) else {
             return;
         };
-        if let Some(known) = self.known.get_mut(usize::from(number))
-            && known.first > self.end
-        {
-            known.first = self.end;
+        if let Some(known) = self.known.get_mut(usize::from(number)) {
+            if known.first > self.end {
+                known.first = self.end;
+            }
+            if size.is_none() {
+                known.await_size();
+            }
         }
         if let Some(size) = size {
             self.set_size(number, part, size);
         }
+        self.put(
+            number | flags & (OUTDATED | HIT),
+            self.requests.wrapping_sub(1),
+        );
+    }
+
+    /// Adds a word; so many requests, sampled or not, were made before it.
+    fn put(&mut self, word: u16, made: u64) {
         if Marks::has(self.end) {
-            self.marks.set(self.end, self.requests.wrapping_sub(1));
+            self.marks.set(self.end, made);
         }
         if let Some(place) = self.ring.get_mut(self.end as usize % REQUESTS) {
-            *place = number | flags & (OUTDATED | HIT);
+            *place = word;
         }
         self.end = self.end.wrapping_add(1);
         self.len = self.len.saturating_add(1).min(REQUESTS as u32);
+    }
+
+    /// A write has dropped what was cached of this key, if it is sampled and known.
+    pub fn note_drop(&mut self, part: &Part) {
+        if self.has(part.hash)
+            && let Some(number) = self.find_with_room(part.hash)
+        {
+            self.put_change(number, Event::Dropped, UNKNOWN);
+        }
+    }
+
+    /// A write of so many bytes has taken the place of what was cached of this key, if it is sampled.
+    pub fn note_fill(&mut self, part: &Part, size: u64) {
+        if !self.has(part.hash) {
+            return;
+        }
+        let Some(number) = self.find_with_room(part.hash).or_else(|| self.add(part)) else {
+            return;
+        };
+        if let Some(known) = self.known.get_mut(usize::from(number)) {
+            let before = known.size();
+            known.first = known.first.min(self.end);
+            known.set_size(part, size);
+            self.put_change(number, Event::Filled, before);
+        }
+    }
+
+    fn put_change(&mut self, number: u16, event: Event, before: u64) {
+        let change = Change {
+            number,
+            event,
+            before,
+        };
+        for word in change.words() {
+            self.put(word, self.requests);
+        }
     }
 
     /// Takes a request back that was counted, the last one of its key that was a hit, or none: it is about no value,
@@ -258,11 +303,12 @@ impl Sample {
                 && *request & RETRACTED != RETRACTED
                 && (*request & HIT != 0) == is_hit
             {
-                *request |= RETRACTED;
-                if let Some(known) = self.known.get_mut(usize::from(number))
-                    && known.first == place
-                {
-                    known.first = u64::MAX;
+                *request = RETRACTED;
+                if let Some(known) = self.known.get_mut(usize::from(number)) {
+                    known.stop_awaiting();
+                    if known.first == place {
+                        known.first = u64::MAX;
+                    }
                 }
                 return;
             }
@@ -284,18 +330,36 @@ impl Sample {
     /// Notes the size of a key, if it is sampled and was requested.
     pub fn note_size(&mut self, part: &Part, size: u64) {
         if self.has(part.hash)
-            && let Some(number) = self.find(part.hash)
+            && let Some(number) = self.find_with_room(part.hash)
         {
             self.set_size(number, part, size);
         }
     }
 
+    /// Notes a size, and the former one as an event where there is another one now.
     fn set_size(&mut self, number: u16, part: &Part, size: u64) {
         if let Some(known) = self.known.get_mut(usize::from(number))
-            && known.size() != size
+            && !known.has(size)
         {
+            let (before, is_awaited) = (known.size(), known.is_awaited());
             known.set_size(part, size);
+            if before != UNKNOWN && before != size {
+                let event = if is_awaited {
+                    Event::Brought
+                } else {
+                    Event::Resized
+                };
+                self.put_change(number, event, before);
+            }
         }
+    }
+
+    /// The same as `find`, where a step will be added.
+    fn find_with_room(&mut self, hash: u64) -> Option<u16> {
+        if self.len >= FULL && self.keys > FEW_KEYS {
+            self.make_room();
+        }
+        self.find(hash)
     }
 
     fn find(&self, hash: u64) -> Option<u16> {
@@ -316,9 +380,9 @@ impl Sample {
         let hash = part.hash;
         if self.keys as usize >= KEYS {
             self.make_room();
-            if !self.has(hash) {
-                return None;
-            }
+        }
+        if !self.has(hash) {
+            return None;
         }
         let number = self.keys as usize;
         *self.known.get_mut(number)? = Known::new(part, self.end);
@@ -352,7 +416,7 @@ impl Sample {
             self.len -= self.len / 2;
             self.keep(true);
         }
-        while self.keys > few || self.keys > FEW_KEYS && self.len >= REQUESTS as u32 {
+        while self.keys > few || self.keys > FEW_KEYS && self.len >= FULL {
             self.threshold -= self.threshold / 4;
             self.keep(false);
         }
@@ -363,12 +427,12 @@ impl Sample {
     fn keep(&mut self, requested: bool) {
         let before = self.keys.min(KEYS as u32);
         let start = self.start();
-        let ring: Vec<(u64, u16)> = self.in_order().collect();
+        let ring = self.in_order();
         let (marks, end) = (self.marks, self.end);
         let made_before = |number, requests| marks.made_before(number, end, requests);
         let mut is_requested = vec![!requested; KEYS];
-        for (_, request) in &ring {
-            if let Some(is) = is_requested.get_mut(usize::from(request & NUMBER)) {
+        for (_, step) in &ring {
+            if let Some(is) = is_requested.get_mut(usize::from(step.number())) {
                 *is = true;
             }
         }
@@ -400,32 +464,37 @@ impl Sample {
         self.end = if start > 0 { FORGOTTEN } else { 0 };
         self.len = 0;
         self.marks.set(self.end, made_before(start, self.requests));
-        for (old, request) in ring {
-            let new = renumbered.get(usize::from(request & NUMBER)).copied();
+        for (old, step) in ring {
+            let new = renumbered.get(usize::from(step.number())).copied();
             let Some(number) = new.flatten() else {
                 continue;
             };
-            if request & RETRACTED == RETRACTED {
-                continue;
-            }
-            if Marks::has(self.end) {
-                self.marks.set(self.end, made_before(old, self.requests));
-            }
             if let Some(known) = self.known.get_mut(usize::from(number)) {
                 known.first = known.first.min(self.end);
             }
-            if let Some(place) = self.ring.get_mut(self.end as usize % REQUESTS) {
-                *place = number | request & !NUMBER;
+            let made = made_before(old, self.requests);
+            match step {
+                Step::Request(request) => self.put(number | request & !NUMBER, made),
+                Step::Change(change) => {
+                    for word in (Change { number, ..change }).words() {
+                        self.put(word, made);
+                    }
+                }
             }
-            self.end += 1;
-            self.len += 1;
         }
     }
 
-    /// The requests in the ring with their numbers, oldest first.
-    pub(super) fn in_order(&self) -> impl Iterator<Item = (u64, u16)> {
-        let len = (self.len as usize).min(REQUESTS) as u64;
-        let numbers = self.end.saturating_sub(len)..self.end;
-        numbers.filter_map(|n| Some((n, *self.ring.get(n as usize % REQUESTS)?)))
+    /// Words in the ring.
+    pub(super) fn held(&self) -> u32 {
+        self.len.min(REQUESTS as u32)
+    }
+
+    /// The steps in the ring with their numbers, oldest first.
+    pub(super) fn in_order(&self) -> Vec<(u64, Step)> {
+        let start = self.end.saturating_sub(self.held().into());
+        let places = (start..self.end).map(|n| self.ring.get(n as usize % REQUESTS));
+        let words: Vec<u16> = places.flatten().copied().collect();
+        let numbered = |(at, step)| (start.saturating_add(at as u64), step);
+        steps(&words).into_iter().map(numbered).collect()
     }
 }

@@ -49,7 +49,7 @@ SIZE = 100
 def whole_values(keys: NDArray[np.uint64], sizes: NDArray[np.uint64]) -> Requests:
     """Requests of whole values, all of them misses."""
     ranges, never = np.zeros((len(keys), 3), np.uint64), np.zeros(len(keys), bool)
-    return Requests(keys, keys, ranges, sizes, never, never)
+    return Requests(keys, keys, ranges, sizes, never, never, never.astype(np.uint8))
 
 
 def read_keys(store: CacheStore, keys: Sequence[int]) -> None:

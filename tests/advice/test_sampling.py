@@ -30,7 +30,7 @@ from support import (
     value_sync,
 )
 from zcache import CacheStore, OptionTypeError
-from zcache._advice.trace import Trace, sampled
+from zcache._advice.trace import DROPPED, FILLED, Trace, sampled
 from zcache._backends.base import BUSY
 from zcache.testing import FakeClock, StoreDouble
 from zcache.testing._internals import ask
@@ -103,15 +103,16 @@ async def test_readers_who_wait_for_what_is_gone_make_no_requests(clock: FakeClo
 async def test_writes_are_no_requests() -> None:
     store = CacheStore(MemoryStore())
     await store.set("a", buf(b"12"))
-    assert not len(trace_of(store).keys)
+    assert trace_of(store).requests == 0
     await read(store, "a")
     await store.set("a", buf(b"123"))
     await read(store, "a")
     trace = trace_of(store)
-    assert (trace.requests, trace.earlier) == (2, 1)
-    assert list(trace.hits[1:]) == [True, True]
-    # One key has one size: the last.
-    assert list(trace.sizes) == [3, 3, 3]
+    assert (trace.requests, trace.earlier) == (2, 0)
+    # They stand between the requests, each of which has the size of its time.
+    assert list(trace.writes) == [FILLED, 0, DROPPED, FILLED, 0]
+    assert list(trace.hits) == [False, True, False, False, True]
+    assert list(trace.sizes) == [2, 2, 0, 3, 3]
 
 
 async def test_ranges_are_requests_of_what_they_ask_for() -> None:

@@ -120,7 +120,7 @@ def advise(
     nothing : str, optional
         Why there may be too few requests. Default is "": they were just not made.
     """
-    count = len(trace.keys) - trace.former
+    count = int((trace.writes[trace.former :] == 0).sum())
     if count < FEWEST:
         reason = f"too little traffic: {count} of at least {FEWEST} requests are known so far"
         if trace.unsized:

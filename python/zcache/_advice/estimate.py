@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from zcache._advice.trace import Simulator
+from zcache._advice.trace import DROPPED, Simulator
 from zcache._options import MAX_BYTES
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class Estimator:
         self._key = self._simulator.keys
         is_known = self._simulator.known()
         self._may_hit = is_known & ~trace.outdated
-        self._counted = np.arange(len(trace.keys)) >= trace.former
+        is_request = trace.writes == 0
+        self._counted = (np.arange(len(trace.keys)) >= trace.former) & is_request
         self._bytes = trace.sizes.astype(float)
         self._all = self._per_key(self._counted)
         self._squares = float(np.square(self._all).sum())
@@ -91,7 +92,8 @@ class Estimator:
         self.guessed = min(1.0, float(guessed.sum()) / self._total)
         self._guessed_bytes = float(trace.sizes[guessed].sum()) / trace.rate
         self._apart, self._apart_bytes = self._apart_from_wholes()
-        bytes_of_keys = trace.costs()[~is_known].astype(float)
+        self._unseen, self._unseen_bytes = self._unseen_changes(is_known)
+        bytes_of_keys = self._most_bytes((~is_known | ~is_request) & (trace.writes != DROPPED))
         whole = bytes_of_keys.sum()
         #: Relative standard deviation of the bytes of all sampled keys.
         self._scale = (
@@ -110,6 +112,12 @@ class Estimator:
         count = int(self._key.max(initial=-1)) + 1
         return np.asarray(np.bincount(self._key[which], chosen, count), float)
 
+    def _most_bytes(self, brought: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """The most bytes that an entry of each key takes that is among those that are brought."""
+        most = np.zeros(int(self._key.max(initial=-1)) + 1)
+        np.maximum.at(most, self._key, self.trace.costs().astype(float))
+        return most[np.unique(self._key[brought])]
+
     def _apart_from_wholes(self) -> tuple[float, float]:
         """About which part of the requests, and how many bytes, are of ranges of values that are requested whole as well, but not sampled so.
 
@@ -124,9 +132,43 @@ class Estimator:
         apart = min(float(is_range.sum()) - beside, beside * (1 / trace.rate - 1))
         return apart / self._total, apart * float(trace.sizes[is_range].mean()) / trace.rate
 
+    def _unseen_changes(self, is_known: NDArray[np.bool_]) -> tuple[float, float]:
+        """About which part of the requests, and how many bytes, depend on changes of values of which no one knows when they took place.
+
+        A request shows such a change by another size than before, or by a hit where nothing was cached. What it finds
+        may have been there or not, and have taken the place of others since the request before, once each.
+        """
+        trace = self.trace
+        # Of each key in its order.
+        order = np.argsort(self._key, kind="stable")
+        same = self._key[order[1:]] == self._key[order[:-1]]
+        same &= trace.writes[order[:-1]] != DROPPED
+        after, before = order[1:][same], order[:-1][same]
+        changed = np.zeros(len(self._key), bool)
+        changed[after] = trace.sizes[after] != trace.sizes[before]
+        changed &= ~trace.outdated
+        dropped = np.isin(self._key, self._key[trace.writes == DROPPED])
+        changed |= trace.hits & ~is_known & dropped
+        changed &= self._counted
+        if not changed.any():
+            return 0.0, 0.0
+        larger = self._bytes.copy()
+        larger[after] = np.maximum(larger[after], self._bytes[before])
+        mean = max(float(self._bytes[self._counted].mean()), 1.0)
+        requests = float((1 + larger[changed] / mean).sum())
+        return requests / self._total, requests * mean / trace.rate
+
     def hit_ratio(self, policy: str, size: int) -> float:
         """What a policy would have had with so many bytes."""
         return self._ratio(self._hits(policy, size, self._costs(policy, size)))[0]
+
+    def sure_hit_ratio(self, policy: str, size: int) -> float:
+        """The same, with as much room for values on disk as they may take."""
+        ratio = self.hit_ratio(policy, size)
+        if not self._is_on_disk or not size:
+            return ratio
+        off = max(ratio - self._ratio(other)[0] for other in self._on_disk(policy, size))
+        return ratio - self._times(policy) * max(off, 0.0)
 
     def at(self, policy: str, size: int) -> tuple[float, float, float, float]:
         """What a policy would have had: its hit ratio and the bytes that it misses, each with its error.
@@ -148,7 +190,8 @@ class Estimator:
         hits = self._hits(policy, size, self._costs(policy, size))
         ratio, error = self._ratio(hits)
         missed, missed_error = self._missed_bytes(hits)
-        error, missed_error = error + self._apart, missed_error + self._apart_bytes
+        error += self._apart + self._unseen
+        missed_error += self._apart_bytes + self._unseen_bytes
         if size < self.footprint:
             error += self.guessed
             missed_error += self._guessed_bytes
@@ -156,7 +199,7 @@ class Estimator:
         for other in self._otherwise(policy, size):
             off = max(off, abs(self._ratio(other)[0] - ratio))
             missed_off = max(missed_off, abs(self._missed_bytes(other)[0] - missed))
-        times = _LEARNED if policy == "adaptive" and self._is_on_disk else 1
+        times = self._times(policy)
         error, missed_error = error + times * off, missed_error + times * missed_off
         return ratio, error, missed, missed_error
 
@@ -177,7 +220,10 @@ class Estimator:
         """
         if not size or not (self._scale or self._is_on_disk):
             return
-        scale = 1 + _DEVIATIONS * self._scale
+        yield from self._on_disk(policy, size, 1 + _DEVIATIONS * self._scale)
+
+    def _on_disk(self, policy: str, size: int, scale: float = 1.0) -> Iterator[NDArray[np.bool_]]:
+        """The same for values that are so many times as large, or as small."""
         kept = _KEPT_FREE * self.trace.unit if self._is_on_disk else 0
         least, likely, most = self._beside(policy, size)
         rooms = [(size * scale, least), (size / scale - kept, most)]
@@ -185,6 +231,9 @@ class Estimator:
             rooms.append((size - kept / 2, likely))
         for room, beside in rooms:
             yield self._hits(policy, max(room, 0), self.trace.costs(beside))
+
+    def _times(self, policy: str) -> int:
+        return _LEARNED if policy == "adaptive" and self._is_on_disk else 1
 
     def _beside(self, policy: str, size: int) -> tuple[int, int, int]:
         """Bytes that a value takes beside its own blocks: the least, what is most likely, and the most.

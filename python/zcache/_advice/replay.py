@@ -80,7 +80,7 @@ def replay(
     Returns
     -------
     Advice
-        As `CacheStore.advise` gives, without errors of sampling. False in a condition, with a `reason`, if there
+        As `CacheStore.advise` gives, without errors of sampling, and without the writes. False in a condition, with a `reason`, if there
         are fewer than 100 requests.
 
     Raises
@@ -355,6 +355,7 @@ class _Rows:
                 sizes=np.frombuffer(sizes, np.uint64)[order],
                 hits=hits,
                 outdated=outdated,
+                writes=np.zeros(len(order), np.uint8),
             )
             for keys, sizes in zip(self._keys, self._sizes, strict=True)
         )

@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 
 UNKNOWN: Final = 2**64 - 1
 """Stands for a size that is not known: the source has not given the value, or the cache was not told of it."""
-_FORMER, _EARLIER, _OUTDATED, _HIT = 1, 2, 1 << 14, 1 << 15
+_FORMER, _EARLIER, _DROPPED, _FILLED, _OUTDATED, _HIT = 1, 2, 4, 8, 1 << 14, 1 << 15
+DROPPED: Final = 2
+"""Kind of a step that is no request: a write has dropped what was cached of a key, ..."""
+FILLED: Final = 3
+"""... or has also put into its place what it has written."""
 
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests in their order: what they ask for, and what they have come to.
+    """Requests in their order: what they ask for, and what they have come to. Writes may stand between them.
 
     Attributes
     ----------
@@ -35,11 +39,13 @@ class Requests:
     ranges : array of uint64, shape (n, 3)
         Which bytes of it, as a `ByteRange`; of kind 0 where that is all.
     sizes : array of uint64, shape (n,)
-        Bytes of the answers.
+        Bytes of the answers, as they were then.
     hits : array of bool, shape (n,)
         Which were hits.
     outdated : array of bool, shape (n,)
         Which no cache of any size had served, because what it had was too old.
+    writes : array of uint8, shape (n,)
+        0 for requests; for writes `DROPPED` or `FILLED`.
     """
 
     keys: NDArray[np.uint64]
@@ -48,6 +54,7 @@ class Requests:
     sizes: NDArray[np.uint64]
     hits: NDArray[np.bool_]
     outdated: NDArray[np.bool_]
+    writes: NDArray[np.uint8]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -140,7 +147,9 @@ class Simulator:
         self.keys: NDArray[np.int64] = rank[of_sorted]
         self.first = np.sort(first)
         self._keys = self.keys.astype(np.uint64).tobytes()
+        self._kinds = np.where(requests.writes, requests.writes, requests.outdated).astype(np.uint8)
         self._parts, self._slices = b"", requests.slices_like_python
+        self._lens = requests.sizes.tobytes()
         ranges = requests.ranges[self.first]
         if ranges[:, 0].any():
             wholes = requests.wholes[self.first]
@@ -148,12 +157,21 @@ class Simulator:
             # Of values that are never requested as a whole there is none; numbers above all others stand for these.
             _, others = np.unique(wholes, return_inverse=True)
             numbers = np.where(known[at] == wholes, rank[at], len(known) + others)
-            parts = [numbers[:, None], ranges, requests.sizes[self.first][:, None]]
+            parts = [numbers[:, None], ranges]
             self._parts = np.hstack([part.astype(np.uint64) for part in parts]).tobytes()
 
     def hits(self, policy: str, capacity: int, costs: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which of them a cache of so many bytes serves, where none is too old."""
-        served = simulate(policy, capacity, self._keys, costs.tobytes(), self._parts, self._slices)
+        served = simulate(
+            policy,
+            capacity,
+            self._keys,
+            costs.tobytes(),
+            self._parts,
+            self._slices,
+            self._kinds.tobytes(),
+            self._lens,
+        )
         return np.frombuffer(served, bool)
 
     def known(self) -> NDArray[np.bool_]:
@@ -168,14 +186,22 @@ def sampled(index: Index, header: int = 0, *, slices_like_python: bool = True) -
         np.frombuffer(columns[number], np.uint64) for number in (0, 1, 3, 4)
     )
     flags = np.frombuffer(columns[2], np.uint16)
+    dropped, filled = _has(flags, _DROPPED), _has(flags, _FILLED)
     requests = Requests(
-        keys, wholes, ranges.reshape(-1, 3), sizes, _has(flags, _HIT), _has(flags, _OUTDATED)
+        keys=keys,
+        wholes=wholes,
+        ranges=ranges.reshape(-1, 3),
+        sizes=np.where(dropped, np.uint64(0), sizes),
+        hits=_has(flags, _HIT),
+        outdated=_has(flags, _OUTDATED),
+        writes=np.select([dropped, filled], [DROPPED, FILLED], 0).astype(np.uint8),
     )
-    known = sizes != UNKNOWN
+    known = dropped | (sizes != UNKNOWN)
     # What is left out for that is as frequent among those that are not sampled.
     former, earlier = _has(flags, _FORMER), _has(flags, _EARLIER)
-    counted = int((~former).sum())
-    share = int((known & ~former).sum()) / counted if counted else 1.0
+    counts = ~former & (requests.writes == 0)
+    counted = int(counts.sum())
+    share = int((known & counts).sum()) / counted if counted else 1.0
     return _with_earlier(
         Trace(
             **requests.select(known).columns(),
@@ -187,7 +213,7 @@ def sampled(index: Index, header: int = 0, *, slices_like_python: bool = True) -
             unit=unit,
             header=header,
             beside=beside,
-            unsized=int((~known & ~former).sum()),
+            unsized=int((~known & counts).sum()),
             slices_like_python=slices_like_python,
         )
     )

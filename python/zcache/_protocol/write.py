@@ -303,7 +303,9 @@ class _KeyWrite:
         if data is not None:
             self._flight.deliver(data)
         try:
-            victims, self._ticket = await self._tell_end(keeps=data is not None)
+            victims, self._ticket = await self._tell_end(
+                keeps=data is not None, size=None if data is None else len(data)
+            )
         except IndexLockTimeout:
             # The source has it. Its end is told later, and the key stays uncached until that.
             return
@@ -327,10 +329,13 @@ class _KeyWrite:
         if self._ticket is not None and not self._is_handed_over:
             self._handle.call_later(ignore, Index.complete_flight, self._key, self._ticket)
 
-    def _tell_end(self, *, keeps: bool) -> Awaitable[tuple[list[Victim], int | None]]:
+    def _tell_end(
+        self, *, keeps: bool, size: int | None = None
+    ) -> Awaitable[tuple[list[Victim], int | None]]:
+        """Tell the index; of a value that is handed over, `size` is what the sample learns of it."""
         self._has_ended = True
         return self._handle.call_shielded(
-            self._io, self._ended_alone, Index.end_write, self._key, keeps, self._flight
+            self._io, self._ended_alone, Index.end_write, self._key, keeps, self._flight, size
         )
 
     def _end_late(self, _: BaseException | None) -> None:
