@@ -37,8 +37,9 @@ class Curve:
     error : array of float, shape (sizes,)
         Two standard deviations of `hit_ratio`, either way, because only some keys were looked at: the truth lay
         within 97 times of 100 in the benches, 92 where documents lie beside chunks. In directories and pools on
-        disk what is not known of the room that values take beside their bytes is added. 0 in memory where all keys
-        were looked at, unless `Advice.only_latest` or `Advice.unsized_share`.
+        disk what is not known of the room that values take beside their bytes is added, and where values have changed
+        their sizes, what is not known of when they did. 0 in memory where all keys were looked at and all changes were
+        writes through the cache, unless `Advice.only_latest` or `Advice.unsized_share`.
     source_bytes_error : array of float, shape (sizes,)
         The same of `source_bytes`.
     """
@@ -97,15 +98,15 @@ class Advice:
         What a cache without a bound would have; the rest is cold, or was too old to be served.
     smallest_size : int or None
         Bytes with which the present policy has 90 % of `best_hit_ratio`: the least, within 2 %, where its hit ratio
-        only rises with the size; else a few bytes more or less may have fewer hits. None if none of `sizes` has so
-        much.
+        only rises with the size; else a few bytes more or less may have fewer hits. On disk it has that also where
+        values take as much room as they may. None if none of `sizes` is sure to have so much.
     best_policy : str
         Of the present policy and those asked for, the one with the highest hit ratio at `max_size`.
     best_policy_gain : float
         How much higher that is than `hit_ratio`.
     cold_share : float
-        Part of the misses at `max_size` that are first requests of their keys, 0 to 1. No size and no policy
-        saves them.
+        Part of the misses at `max_size` that are first requests of their values, or of what a write has dropped, 0 to
+        1. No size and no policy saves them.
     """
 
     reason: str = ""
@@ -245,8 +246,8 @@ class Advice:
         told = [(f"{about} Now: {bound} {size}, {self.policy}, hit ratio {self.hit_ratio:.2f}.")]
         if self.smallest_size is None:
             told.append(
-                f"More than {size_text(self.sizes[-1])} would take {self.policy} to 90 % of what can be had "
-                f"(a hit ratio of {self.best_hit_ratio:.2f})."
+                f"None of these sizes is sure to take {self.policy} to 90 % of what can be had (a hit ratio of "
+                f"{self.best_hit_ratio:.2f})."
             )
         else:
             told.append(
@@ -263,7 +264,7 @@ class Advice:
                 f"{self.best_policy_gain:.2f}."
             )
         told.append(
-            f"{self.cold_share:.0%} of the misses are cold: first requests, which nothing saves."
+            f"{self.cold_share:.0%} of the misses are cold: first requests of a value, which nothing saves."
         )
         return told
 

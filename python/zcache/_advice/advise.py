@@ -17,6 +17,8 @@ from zcache.exceptions import OptionTypeError, OptionValueError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from numpy.typing import NDArray
+
     from zcache._advice.trace import Trace
     from zcache._types import Policy
 
@@ -181,25 +183,38 @@ def advise(
 
 
 def _smallest(
-    estimator: Estimator, policy: str, sizes: Any, ratios: Any, wanted: float
+    estimator: Estimator,
+    policy: str,
+    sizes: NDArray[np.uint64],
+    ratios: NDArray[np.float64],
+    wanted: float,
 ) -> int | None:
     """The smallest size with this hit ratio, within 2 %; None if it is above all that were looked at.
 
-    It is one that was simulated: where a curve also falls, the next byte may make a difference.
+    It is one that was simulated: where a curve also falls, the next byte may make a difference. On disk it has that hit
+    ratio also where values take as much room as they may: a size on the edge of a cliff would often miss it.
     """
-    enough = np.flatnonzero(ratios >= wanted - 1e-9)
-    if not len(enough):
+
+    def is_enough(size: int) -> bool:
+        return estimator.sure_hit_ratio(policy, size) >= wanted - 1e-9
+
+    low = high = 0
+    for size, ratio in zip(sizes.tolist(), ratios.tolist(), strict=True):
+        if ratio >= wanted - 1e-9 and is_enough(size):
+            high = size
+            break
+        low = size
+    else:
         return None
     # Below the smallest of them it may be enough as well.
-    low, high = int(sizes[enough[0] - 1]) if enough[0] else 0, int(sizes[enough[0]])
-    if low == 0 and (high == 0 or estimator.hit_ratio(policy, 0) >= wanted - 1e-9):
+    if low == 0 and (high == 0 or is_enough(0)):
         return 0
     halvings = np.log2(max(1.0, 2 * np.log2(high / max(low, 1))))
     for _ in range(_BISECTIONS + int(np.ceil(halvings))):
         if high - low <= 1:
             break
         middle = max(isqrt(max(low, 1) * high), low + 1)
-        if estimator.hit_ratio(policy, middle) >= wanted - 1e-9:
+        if is_enough(middle):
             high = middle
         else:
             low = middle
