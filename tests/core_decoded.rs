@@ -92,6 +92,34 @@ fn is_current_after_a_change_by_another_participant_is_false() {
     assert_eq!(begun.unwrap(), None);
 }
 
+/// How many of the chunks of an array are void after one write, at most, of writes of very many others.
+fn most_void_at_once<S: Peers>(cache: &mut Cache<S, ()>) -> Result<usize> {
+    let fresh = at(1, None);
+    let chunks = ["v/c/0/0", "v/c/0/1", "v/c/0/2", "v/c/0/3"];
+    let mut most = 0;
+    for n in 4..20_000 {
+        let decodes = chunks.map(|key| cache.begin_decode(key, fresh).unwrap().unwrap());
+        let other = format!("v/c/0/{n}");
+        cache.begin_write(&other)?;
+        cache.end_write(&other, false, None)?;
+        let all = chunks.into_iter().zip(decodes);
+        let void =
+            all.filter(|(key, decode)| !cache.stays_current(key, *decode, 1, fresh).unwrap());
+        most = most.max(void.count());
+    }
+    Ok(most)
+}
+
+#[test]
+fn write_of_one_key_never_makes_a_whole_folder_void() {
+    // One key shares its slot by chance.
+    assert_eq!(most_void_at_once(&mut heap()), Ok(1));
+    let place = Place::new("folders");
+    let opened = SharedIndex::<()>::open(&place.at("."), &Opening::new(LIMITS, 1));
+    let (mut index, _) = opened.unwrap();
+    assert_eq!(index.step(sleep, most_void_at_once), Ok(1));
+}
+
 #[test]
 fn begin_while_the_key_is_being_changed_is_not_to_be_kept() {
     let mut cache = heap();

@@ -305,7 +305,7 @@ fn drain_in(
             World::new(cache, layout, prefix, missing).drain(prefix, others);
         }
         2 | 3 => {
-            let cache = Cache::new(Shared(heap), LIMITS, 7).unwrap();
+            let cache = Cache::new(Shared::from(heap), LIMITS, 7).unwrap();
             World::new(cache, layout, prefix, missing).drain(prefix, others);
         }
         _ => {

@@ -36,8 +36,8 @@ const KEYS: [&str; 4] = [
 ];
 const MORE: [&str; 2] = ["b/c/0", "b/c/1"];
 const RANGE: ByteRange = ByteRange::Range { start: 10, end: 20 };
-/// Bytes of the header and the versions.
-const DIRECTORY_AT: usize = 192 * 1024 + 8;
+/// Bytes of the header and the counters of changes.
+const DIRECTORY_AT: usize = 256 * 1024 + 8;
 const THEIRS: &str = "a/theirs";
 
 struct World {
@@ -380,7 +380,7 @@ fn flip_all(name: &str) {
     let used = bytes.iter().rposition(|byte| *byte != 0).unwrap() + 1;
     let mut bits = Vec::new();
     for at in 0..(used + 56).min(bytes.len()) {
-        // Of the versions, which follow the header, and of empty slots of participants some: a flip there
+        // Of those counters, which follow the header, and of empty slots of participants some: a flip there
         // only ends fills.
         let is_sampled = name == "head" && (2304..DIRECTORY_AT).contains(&at);
         if !is_sampled || at % 4099 == 0 {

@@ -183,6 +183,27 @@ fn reserve_below_changing_prefix_is_rejected() {
 }
 
 #[test]
+fn end_write_of_a_value_that_another_write_overlapped_is_a_rejection() {
+    let mut cache = cache();
+    let refusals = |cache: &Cache<Heap, u32>| cache.stats().refusals;
+    cache.begin_write("a/c/0").unwrap();
+    cache.begin_write("a/c/0").unwrap();
+    assert_eq!(cache.end_write("a/c/0", true, None).unwrap().1, None);
+    assert_eq!(refusals(&cache), 1);
+    // One that has failed, or has nothing to keep.
+    assert_eq!(cache.end_write("a/c/0", false, None).unwrap().1, None);
+    assert_eq!(refusals(&cache), 1);
+    // It ends below a prefix that has changed meanwhile.
+    cache.begin_write("a/c/0").unwrap();
+    cache.invalidate_prefix("a");
+    assert_eq!(cache.end_write("a/c/0", true, None).unwrap().1, None);
+    assert_eq!(refusals(&cache), 2);
+    cache.begin_write("a/c/0").unwrap();
+    assert!(cache.end_write("a/c/0", true, None).unwrap().1.is_some());
+    assert_eq!(refusals(&cache), 2);
+}
+
+#[test]
 fn end_write_with_payload_is_joined_until_its_value_is_cached() {
     let mut cache = cache();
     cache.begin_write("a/c/0").unwrap();

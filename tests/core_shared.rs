@@ -220,6 +220,140 @@ fn files_of_the_index_that_are_gone_are_made_anew() {
     }
 }
 
+/// Another key, of which the changes count where those of this one do.
+fn with_the_slot_of(index: &mut Index, key: &str) -> String {
+    let found = index.step(sleep, |cache| {
+        for n in 0.. {
+            let other = format!("{key}-{n}");
+            let decode = cache.begin_decode(key, 1.into())?.unwrap();
+            cache.begin_write(&other)?;
+            cache.end_write(&other, false, None)?;
+            if !cache.stays_current(key, decode, 1, 1.into())? {
+                return Ok(other);
+            }
+        }
+        unreachable!("there are fewer slots");
+    });
+    found.unwrap()
+}
+
+fn begin_write(index: &mut Index, key: &str) {
+    let victims = index.step(sleep, |cache| cache.begin_write(key));
+    assert!(victims.unwrap().is_empty());
+}
+
+/// Whether the value may be cached.
+fn end_write(index: &mut Index, key: &str) -> Option<u64> {
+    let ended = index.step(sleep, |cache| cache.end_write(key, true, None));
+    ended.unwrap().1
+}
+
+fn invalidate(index: &mut Index, prefix: &str) {
+    let done = index.step(sleep, |cache| {
+        cache.invalidate_prefix(prefix);
+        Ok(())
+    });
+    done.unwrap();
+}
+
+fn may_fill(index: &mut Index, key: &str, ticket: u64) -> bool {
+    let done = index.step(sleep, |cache| {
+        let answer = cache.reserve(key, ByteRange::Full, 1, ticket, 1)?;
+        if let Reserve::Granted(id) = answer {
+            let victims = cache.abort(id)?;
+            let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
+            cache.deletes_done(&cells, &[])?;
+        }
+        Ok(answer)
+    });
+    let answer = done.unwrap();
+    assert!(matches!(
+        answer,
+        Reserve::Granted(_) | Reserve::Rejected(RejectReason::Invalidated)
+    ));
+    matches!(answer, Reserve::Granted(_))
+}
+
+#[test]
+fn own_change_of_a_key_is_none_of_one_that_has_its_slot() {
+    let dir = Dir::new("own-slot");
+    let (mut one, mut other) = (dir.open(), dir.open());
+    let neighbour = with_the_slot_of(&mut one, "a/c/0");
+    for round in 0..2 {
+        // A fill under way, and a write.
+        let ticket = join(&mut one, "a/c/0");
+        begin_write(&mut one, &neighbour);
+        assert!(may_fill(&mut one, "a/c/0", ticket), "while it is written");
+        end_write(&mut one, &neighbour).unwrap();
+        assert!(may_fill(&mut one, "a/c/0", ticket));
+        begin_write(&mut one, "a/c/0");
+        begin_write(&mut one, &neighbour);
+        end_write(&mut one, &neighbour).unwrap();
+        let ticket = end_write(&mut one, "a/c/0").expect("a write that none has overlapped");
+        assert!(may_fill(&mut one, "a/c/0", ticket));
+        // Which key another one has changed, it cannot tell.
+        begin_write(&mut other, &neighbour);
+        assert!(!may_fill(&mut one, "a/c/0", ticket));
+        end_write(&mut other, &neighbour).unwrap();
+        assert!(!may_fill(&mut one, "a/c/0", ticket));
+        begin_write(&mut one, "a/c/0");
+        begin_write(&mut other, &neighbour);
+        end_write(&mut other, &neighbour).unwrap();
+        assert_eq!(end_write(&mut one, "a/c/0"), None);
+        let refusals = one.cache().stats().refusals;
+        assert_eq!(refusals, 3 * (round + 1));
+        // It is so in new files too, in which those of before are not counted.
+        other.step(sleep, |cache| cache.retry_failed(10)).unwrap();
+        dir.remove(&["head", "table", "cells", "texts", "history"]);
+        if other.restart(7).unwrap() {
+            other.complete().unwrap();
+        }
+        assert_eq!(one.restart(7), Ok(false));
+    }
+}
+
+#[test]
+fn own_change_of_a_key_or_above_it_is_one_of_its_fills() {
+    let dir = Dir::new("own-flag");
+    let (mut one, mut other) = (dir.open(), dir.open());
+    let keys = ["a/c/0", "a/c/0/1", "a/c/1"];
+    // What is changed, and which keys with it.
+    let changes = [
+        ("", [true, true, true]),
+        ("a", [true, true, true]),
+        ("a/c/0", [true, true, false]),
+        ("a/c/0/1", [false, true, false]),
+        ("a/c", [true, true, true]),
+        ("b", [false, false, false]),
+    ];
+    for is_own in [true, false] {
+        for (prefix, voids) in changes {
+            let tickets = keys.map(|key| join(&mut one, key));
+            let writer = if is_own { &mut one } else { &mut other };
+            invalidate(writer, prefix);
+            let all = keys.into_iter().zip(tickets);
+            let void: Vec<bool> = all.map(|(key, t)| !may_fill(&mut one, key, t)).collect();
+            assert_eq!(void, voids, "{prefix}, {is_own}");
+            for (key, ticket) in keys.into_iter().zip(tickets) {
+                let closed = one.step(sleep, |cache| Ok(cache.complete_flight(key, ticket)));
+                assert!(closed.unwrap().is_some());
+            }
+        }
+        // A write of a key is none of those below it.
+        let below = join(&mut one, "a/c/0/1");
+        let at = join(&mut one, "a/c/0");
+        let writer = if is_own { &mut one } else { &mut other };
+        begin_write(writer, "a/c/0");
+        end_write(writer, "a/c/0");
+        assert!(!may_fill(&mut one, "a/c/0", at));
+        assert!(may_fill(&mut one, "a/c/0/1", below));
+        for (key, ticket) in [("a/c/0", at), ("a/c/0/1", below)] {
+            let closed = one.step(sleep, |cache| Ok(cache.complete_flight(key, ticket)));
+            assert!(closed.unwrap().is_some());
+        }
+    }
+}
+
 #[test]
 fn a_slot_that_is_gone_is_not_believed() {
     let dir = Dir::new("slot");

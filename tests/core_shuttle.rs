@@ -200,7 +200,7 @@ impl World {
             }
             Kind::SharedSegments => {
                 let heap = Heap::default().with_places();
-                Index::Shared(Cache::new(Shared(heap), limits, 0).unwrap())
+                Index::Shared(Cache::new(Shared::from(heap), limits, 0).unwrap())
             }
         };
         let size = Some(10);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +66,24 @@ async def fill(store: Store, **values: bytes) -> None:
         await store.set(key, buf(value))
         if isinstance(store, CacheStore):
             await drained(store)
+
+
+def with_the_slot_of(store: CacheStore, key: str) -> str:
+    """Another key, of which the index counts the changes in the same slot as those of this one."""
+    index = store._cache.shared.handle.index
+
+    def is_changed_with(names: list[str]) -> bool:
+        [stamp] = index.begin_decodes([key], 1.0, [None])
+        assert stamp is not None
+        for name in names:
+            index.begin_write(name)
+            index.end_write(name, False)
+        return not index.is_current(key, *stamp, 1.0, False, 1.0)
+
+    names = (f"{key}-{n}" for n in itertools.count())
+    while not is_changed_with(some := list(itertools.islice(names, 64))):
+        pass
+    return next(name for name in some if is_changed_with([name]))
 
 
 def files_below(folder: Path) -> Iterator[Path]:

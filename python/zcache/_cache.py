@@ -158,7 +158,7 @@ class Cache:
             self.shared.breaker,
             offline=options.offline,
         )
-        self.writer = Writer(self.backend, self.lister, describe(source))
+        self.writer = Writer(self.backend, self.lister, describe(source), sampling=options.sampling)
         self._own_decoded: weakref.WeakValueDictionary[str, DecodedCache] = (
             weakref.WeakValueDictionary()
         )

@@ -693,9 +693,9 @@ class Index:
         """Say that a key is going to be written in the source; fills of it that have begun end uncached."""
 
     def end_write(
-        self, key: str, ok: bool, flight: object = None, size: int | None = None, /
+        self, key: str, keeps: bool, flight: object = None, size: int | None = None, /
     ) -> tuple[list[_Victim], int | None]:
-        """Say that a write has ended; returns what to delete, and a ticket to cache what was written.
+        """Say that a write has ended; returns what to delete, and, if it `keeps` its value, a ticket to cache that.
 
         With `flight`, which holds the value, readers may join that until the value is in the cache store. With its `size`
         the sample knows that it is cached.

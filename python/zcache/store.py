@@ -506,9 +506,8 @@ class CacheStore(Store, KeepsDecoded):
 
             - ``evictions``: entries removed to make room.
             - ``expirations``: evictions of stale entries.
-            - ``refusals``: values left uncached: too large, overtaken by a write (in a directory or pool also by one of
-              another key, if the two share one of 16,384 counters), no room, a name that the cache store cannot take, or
-              a cache store that was still being listed.
+            - ``refusals``: values, read or written, left uncached: too large, overtaken by a write, no room, a name
+              that the cache store cannot take, or a cache store that was still being listed.
             - ``cache_failures``: operations that raised or did not answer in time.
 
             Decoded chunks, which are inner chunks where there are shards:

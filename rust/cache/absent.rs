@@ -168,7 +168,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     /// Changes when any key may have been written by a process that cannot use the index.
     fn epoch(&self) -> u32 {
-        self.arena.storage.version(0)[1]
+        self.arena.storage.epoch()
     }
 
     /// Ends the absence of a key.

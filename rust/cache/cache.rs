@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use foldhash::fast::RandomState;
 
 use super::ages::{Ages, SourceAge};
-use super::decoded::Changes;
+use super::changes::{Changes, Slot, slots_of};
 use super::entry::SKEW;
 use super::in_flight::{Flights, Ticket};
 use super::peers::{Peers, Version};
@@ -18,7 +18,7 @@ use super::segments::{OpenSegment, Placed, VALUE_HEADER};
 use super::verified::VerifiedSet;
 use crate::arena::{Arena, Cell, List, State};
 use crate::error::{Error, Result};
-use crate::key::{self, ByteRange};
+use crate::key::ByteRange;
 use crate::policy::{Eviction, Minimise, Policy};
 use crate::sampling::Sample;
 
@@ -432,17 +432,27 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         cells + strings + (slots + others) as u64
     }
 
+    /// What the changes of a key by other participants are told by. Its own ones invalidate its flights.
     pub(super) fn version(&self, key: &str) -> Version {
         if S::EXCLUSIVE {
-            // There are no other writers, and our own writes invalidate the flights.
             return Version::default();
         }
-        let hashes = key::and_above(key).map(shared_hash);
-        hashes.fold(Version::default(), |[sum, _], hash| {
-            let [version, epoch] = self.arena.storage.version(hash);
-            // Versions only ever grow, so no two changes cancel each other.
-            [sum.wrapping_add(version), epoch]
+        self.version_of(key, |storage, slot| {
+            let all = storage.changes(slot);
+            all.wrapping_sub(storage.own_changes(slot))
         })
+    }
+
+    /// The same with those of this participant.
+    pub(super) fn version_by_all(&self, key: &str) -> Version {
+        self.version_of(key, |storage, slot| storage.changes(slot))
+    }
+
+    fn version_of(&self, key: &str, count: impl Fn(&S, Slot) -> u32) -> Version {
+        let storage = &self.arena.storage;
+        // Counters only ever grow, so no two changes cancel each other.
+        let sum = slots_of(key).fold(0u32, |sum, slot| sum.wrapping_add(count(storage, slot)));
+        [sum, storage.epoch()]
     }
 
     /// Whether the ticket of a reservation is still valid.
@@ -465,11 +475,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.flights.is_changing(key) || !S::EXCLUSIVE && self.is_written(key)
     }
 
-    /// Whether a participant is changing this key or a directory above it.
+    /// Whether another participant is changing this key or a directory above it.
     fn is_written(&self, key: &str) -> bool {
         let storage = &self.arena.storage;
-        let is_written = |name| storage.is_written(shared_hash(name));
-        storage.has_writers() && key::and_above(key).any(is_written)
+        storage.has_writers() && slots_of(key).any(|slot| storage.is_written(slot))
     }
 
     /// Whether it is for this participant to [`Cache::adopt`].
@@ -547,9 +556,4 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         Ok(())
     }
-}
-
-/// Hash by which versions go: the same in every process, whatever its seed.
-pub(super) fn shared_hash(key: &str) -> u64 {
-    key::hash(key.as_bytes(), 0, 0)
 }

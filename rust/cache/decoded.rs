@@ -5,15 +5,13 @@
 //! delete or clear, also of another participant, changes the version of the key when it begins and when
 //! it ends. So a decode that began before the end of a write is never used after it.
 
-use super::cache::{BATCH, Cache, Freshness, shared_hash};
+use super::cache::{BATCH, Cache, Freshness};
+use super::changes::slots_of;
 use super::peers::Peers;
 use crate::arena::{Arena, Cell, State};
 use crate::error::Result;
-use crate::key::{self, ByteRange};
+use crate::key::ByteRange;
 use crate::policy::Eviction;
-
-/// Counters of changes; keys that share one by chance only make each other's decoded values void.
-const SLOTS: usize = 16 * 1024;
 
 /// What a decode has to remember of its beginning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,37 +21,6 @@ pub struct Decode {
     /// When the oldest bytes that it may read were fetched, in milliseconds; 0 where values expire and that
     /// is not known, which is always stale.
     pub fetched: u64,
-}
-
-/// Counts the changes of keys in an index that is not shared, once a process asks. A shared one has such
-/// counters in its storage.
-#[derive(Debug, Default)]
-pub(super) struct Changes(Option<Box<[u32]>>);
-
-impl Changes {
-    /// This key, or something below it, is being changed or was.
-    pub(super) fn count(&mut self, key: &str) {
-        if let Some(counts) = &mut self.0
-            && let Some(count) = counts.get_mut(shared_hash(key) as usize % SLOTS)
-        {
-            *count = count.wrapping_add(1);
-        }
-    }
-
-    fn of(&self, key: &str) -> u32 {
-        let Some(counts) = &self.0 else {
-            return 0;
-        };
-        let at = key::and_above(key).map(|name| shared_hash(name) as usize % SLOTS);
-        // They only ever grow, so no two changes cancel each other.
-        at.filter_map(|at| counts.get(at))
-            .fold(0, |sum, count| sum.wrapping_add(*count))
-    }
-
-    fn start(&mut self) {
-        self.0
-            .get_or_insert_with(|| vec![0; SLOTS].into_boxed_slice());
-    }
 }
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
@@ -148,9 +115,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     fn version_of_decoded(&self, key: &str) -> u64 {
         if S::EXCLUSIVE {
-            return u64::from(self.changes.of(key));
+            let counts = slots_of(key).map(|slot| self.changes.get(slot));
+            return u64::from(counts.fold(0, u32::wrapping_add));
         }
-        let [version, epoch] = self.version(key);
+        let [version, epoch] = self.version_by_all(key);
         u64::from(epoch) << 32 | u64::from(version)
     }
 

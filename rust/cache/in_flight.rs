@@ -3,10 +3,10 @@
 //!
 //! A ticket names a flight. A write, delete, prefix delete or clear invalidates the tickets of the
 //! keys that it touches, before it begins and after it has ended: a value that was read before the
-//! end of a write is never cached after it, and later readers never join such a flight. In an index
-//! that processes share, a write by any of them also changes the version of the key, with which a
-//! flight is opened and checked. Other keys may have the same version: a write of one of them then
-//! invalidates the ticket as well.
+//! end of a write is never cached after it, and later readers never join such a flight. Writes by
+//! other participants, and only those, show in the version of the key, with which a flight is opened
+//! and checked. So those of this one are told by flags, exactly, and those of others by slots that
+//! keys share by chance.
 //!
 //! A flight that a reader could not join ends together with the one that this reader has opened, at
 //! the latest: no other reader comes by that could see that its leader cannot go on.
@@ -18,6 +18,7 @@ use std::sync::Arc;
 use foldhash::fast::RandomState;
 use smallvec::{SmallVec, smallvec};
 
+use super::changes::{Slot, slot_of_key, slot_of_prefix};
 use super::peers::Version;
 use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
@@ -221,7 +222,7 @@ pub struct Flights<T> {
 struct Writers {
     active: usize,
     overlapped: bool,
-    /// Version of the key once the first of them had begun.
+    /// Version of the key when the first of them began.
     version: Version,
 }
 
@@ -418,7 +419,7 @@ impl<T: Clone> Flights<T> {
         self.invalidate_where(|_| true);
     }
 
-    /// A writer of this key begins. `version` is the one after its own change.
+    /// A writer of this key begins, at this version.
     pub fn begin_write(&mut self, key: &str, version: Version) {
         self.invalidate_key(key);
         match self.writers.get_mut(key) {
@@ -463,13 +464,14 @@ impl<T: Clone> Flights<T> {
         key::and_above(key).any(|name| self.changes.contains_key(name))
     }
 
-    /// Keys and prefixes that are being changed, once for each writer.
-    pub fn changed(&self) -> impl Iterator<Item = &str> {
+    /// Slots of the keys and prefixes that are being changed, once for each writer.
+    pub(crate) fn changed(&self) -> impl Iterator<Item = Slot> {
         let writers = self.writers.iter();
-        let writers = writers.map(|(key, writers)| (key, writers.active));
-        let changes = self.changes.iter().map(|(prefix, times)| (prefix, *times));
+        let writers = writers.map(|(key, writers)| (slot_of_key(key), writers.active));
+        let changes = self.changes.iter();
+        let changes = changes.map(|(prefix, times)| (slot_of_prefix(prefix), *times));
         let all = writers.chain(changes);
-        all.flat_map(|(name, times)| std::iter::repeat_n(&**name, times))
+        all.flat_map(|(slot, times)| std::iter::repeat_n(slot, times))
     }
 
     /// A writer of this key has ended, at this version. True when it was alone all the time, so that

@@ -1,6 +1,7 @@
 //! Invalidation: writes and deletes in the source, forks, rebuilds and dead participants.
 
-use super::cache::{BATCH, Cache, Victim, shared_hash};
+use super::cache::{BATCH, Cache, Victim};
+use super::changes::{Slot, slot_of_key, slot_of_prefix};
 use super::in_flight::{Flights, Ticket};
 use super::keys::{Rest, START};
 use super::peers::Peers;
@@ -38,51 +39,57 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.arena.storage.check_place()?;
         // First what may find the index damaged: a step that is repeated must not count twice.
         let victims = self.drop_key(key)?;
-        self.bump_version(key);
-        self.announce_write(key, true);
+        let slot = slot_of_key(key);
+        self.count_change(slot);
+        self.announce_write(slot, true);
         self.flights.begin_write(key, self.version(key));
         self.note_sampled_drop(key);
         Ok(victims)
     }
 
-    /// A write of this key has ended. Where it succeeded and no other write overlapped it, the
-    /// ticket allows its value to be cached; with a `payload`, readers may join its flight until then.
+    /// A write of this key has ended. With `keeps`, where no other change overlapped it, the ticket
+    /// allows its value to be cached; with a `payload`, readers may join its flight until then.
     pub fn end_write(
         &mut self,
         key: &str,
-        ok: bool,
+        keeps: bool,
         payload: Option<T>,
     ) -> Result<(Vec<Victim>, Option<Ticket>)> {
         self.arena.storage.check_place()?;
         let victims = self.drop_key(key)?;
         // One that began with another index is not announced here.
         let known = self.flights.is_written(key);
-        let alone = self.flights.end_write(key, self.version(key));
-        self.bump_version(key);
-        if known {
-            self.announce_write(key, false);
-        }
         let version = self.version(key);
+        let alone = self.flights.end_write(key, version);
+        let slot = slot_of_key(key);
+        self.count_change(slot);
+        if known {
+            self.announce_write(slot, false);
+        }
+        if keeps && !alone {
+            self.count_refusals(1);
+        }
         let made = self.arena.header().absences_made;
         let open = || {
             self.flights
                 .open(key, ByteRange::Full, payload, version, None, made)
         };
-        let ticket = (ok && alone).then(open);
+        let ticket = (keeps && alone).then(open);
         Ok((victims, ticket))
     }
 
-    fn bump_version(&mut self, key: &str) {
+    /// Has others see a change, and decoded values. The caller invalidates the flights that it concerns.
+    fn count_change(&mut self, slot: Slot) {
         if S::EXCLUSIVE {
-            self.changes.count(key);
+            self.changes.count(slot);
         } else {
-            self.arena.storage.bump_version(shared_hash(key));
+            self.arena.storage.count_change(slot);
         }
     }
 
-    fn announce_write(&mut self, key: &str, begins: bool) {
+    fn announce_write(&mut self, slot: Slot, begins: bool) {
         if !S::EXCLUSIVE {
-            self.arena.storage.announce_write(shared_hash(key), begins);
+            self.arena.storage.announce_write(slot, begins);
         }
     }
 
@@ -95,7 +102,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// [`Cache::drain_prefix`] and [`Cache::drain_absences`].
     pub fn invalidate_prefix(&mut self, prefix: &str) {
         let prefix = prefix.trim_end_matches('/');
-        self.bump_version(prefix);
+        self.count_change(slot_of_prefix(prefix));
         self.flights.invalidate_where(|key| is_below(key, prefix));
     }
 
@@ -104,7 +111,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.arena.storage.check_place()?;
         let prefix = prefix.trim_end_matches('/');
         if self.flights.prefix_change(prefix, begins) {
-            self.announce_write(prefix, begins);
+            self.announce_write(slot_of_prefix(prefix), begins);
         }
         Ok(())
     }
@@ -208,9 +215,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.moving = 0;
     }
 
-    /// Hashes of what is being written here.
-    pub(crate) fn writes(&self) -> Vec<u64> {
-        self.flights.changed().map(shared_hash).collect()
+    /// Slots of what is being written here.
+    pub(crate) fn writes(&self) -> Vec<Slot> {
+        self.flights.changed().collect()
     }
 
     /// Forgets what it had begun: that ends elsewhere. Returns the flights, because releasing their
@@ -231,9 +238,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// Announces writes to an index that was emptied meanwhile.
-    pub(crate) fn announce(&mut self, writes: &[u64]) {
-        for &hash in writes {
-            self.arena.storage.announce_write(hash, true);
+    pub(crate) fn announce(&mut self, writes: &[Slot]) {
+        for &slot in writes {
+            self.arena.storage.announce_write(slot, true);
         }
         self.tell_promises();
     }
@@ -295,7 +302,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         // Of a key that was written since the index was emptied, the scan may have seen the old
         // value.
-        let written = self.version(key) != self.arena.storage.first_version();
+        let written = self.version_by_all(key) != self.arena.storage.first_version();
         let Some(i) = self.begin_writing(key, range, size)? else {
             return Ok(false);
         };

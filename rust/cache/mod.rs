@@ -9,6 +9,7 @@ mod absent;
 mod adopted;
 mod ages;
 mod cache;
+mod changes;
 mod choice;
 mod commit;
 mod decoded;
@@ -34,6 +35,8 @@ pub use self::absent::{
 };
 pub use self::ages::{SOURCES, SourceAge, ToldAges};
 pub use self::cache::{BATCH, Cache, Found, Freshness, Limits, Stats, Tally, Verify, Victim};
+pub(crate) use self::changes::Changes;
+pub use self::changes::{SLOTS, Slot};
 pub use self::commit::Committed;
 pub use self::decoded::Decode;
 pub use self::in_flight::{ClosedFlight, Flights, Ticket};

@@ -3,6 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::ages::ToldAges;
+use super::changes::Slot;
 use crate::arena::{Heap, Storage};
 use crate::error::Result;
 use crate::sampling::Sample;
@@ -31,7 +32,7 @@ pub struct Participant {
     pub uses_policy: u16,
     /// Writes in progress for which there is no space in `writes`.
     pub unnamed: u32,
-    /// Version slots (plus one) of the keys and directories that it is changing, or 0. What was
+    /// Slots (plus one) of the keys and prefixes that it is changing, or 0. What was
     /// read before a write ends is not kept; the write of a dead participant ends when its slot is
     /// reclaimed.
     pub writes: [u16; WRITES],
@@ -59,32 +60,40 @@ impl Participant {
     }
 }
 
-/// Compares equal as long as no other participant has written a key.
+/// Compares equal as long as no other participant has changed a key.
 pub type Version = [u32; 2];
 
 /// What participants tell each other through the storage that they share. The defaults are those of
-/// a storage with one participant. Keys are given by their hash.
+/// a storage with one participant. What is changed is given by its slot.
 pub trait Peers: Storage {
-    /// Changes when another participant changes this key or everything.
-    fn version(&self, _key: u64) -> Version {
-        [0; 2]
+    /// Counts the changes by all participants.
+    fn changes(&self, _slot: Slot) -> u32 {
+        0
+    }
+    /// Those of them that are by this one.
+    fn own_changes(&self, _slot: Slot) -> u32 {
+        0
+    }
+    /// Changes when any key may have been written.
+    fn epoch(&self) -> u32 {
+        0
     }
     /// The version of all keys when the index was emptied.
     fn first_version(&self) -> Version {
         [0; 2]
     }
-    /// This key, or something below it, is being changed or was.
-    fn bump_version(&mut self, _key: u64) {}
+    /// This participant has begun a change, or ended one.
+    fn count_change(&mut self, _slot: Slot) {}
     /// Any key may have been written.
     fn bump_epoch(&mut self) {}
-    /// A change of this key, or of something below it, begins or ends.
-    fn announce_write(&mut self, _key: u64, _begins: bool) {}
+    /// A change begins or ends.
+    fn announce_write(&mut self, _slot: Slot, _begins: bool) {}
     /// Whether any participant is changing anything.
     fn has_writers(&self) -> bool {
         false
     }
-    /// Whether any participant is changing this key.
-    fn is_written(&self, _key: u64) -> bool {
+    /// Whether another participant is changing this.
+    fn is_written(&self, _slot: Slot) -> bool {
         false
     }
     /// Takes a participant out of the list.

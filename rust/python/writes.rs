@@ -16,12 +16,12 @@ impl Index {
         Ok(raw_victims(victims))
     }
 
-    #[pyo3(signature = (key, ok, flight=None, size=None, /))]
+    #[pyo3(signature = (key, keeps, flight=None, size=None, /))]
     fn end_write(
         &self,
         py: Python<'_>,
         key: &str,
-        ok: bool,
+        keeps: bool,
         flight: Option<Bound<'_, PyAny>>,
         size: Option<u64>,
     ) -> PyResult<(Vec<RawVictim>, Option<u64>)> {
@@ -31,7 +31,7 @@ impl Index {
             .as_ref()
             .map(|flight| Flight(flight.clone().unbind()));
         let (victims, ticket) = step!(self, py, |cache| {
-            let ended = cache.end_write(key, ok, payload)?;
+            let ended = cache.end_write(key, keeps, payload)?;
             if let (_, Some(_)) = ended
                 && let Some(size) = size
             {

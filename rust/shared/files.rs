@@ -6,16 +6,17 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use super::header::{CHECKED, DIRECTORY_AT, END, END_AT, FileHeader, HEADER_LEN, VERSIONS};
+use super::header::{CHECKED, DIRECTORY_AT, END, END_AT, FileHeader, HEADER_LEN};
 use super::index_file::IndexFile;
 use crate::arena::{Cell, Header, Storage};
+use crate::cache::SLOTS;
 use crate::checksum::crc32c;
 use crate::error::Result;
 
 /// Each file grows by itself.
 #[derive(Debug)]
 pub(super) struct Files {
-    /// Format, header, participants, versions, and the hash table's directory at its end.
+    /// Format, header, participants, counters of changes, and the hash table's directory at its end.
     pub(super) head: IndexFile,
     /// Slots of the hash table.
     table: IndexFile,
@@ -185,14 +186,14 @@ impl Files {
         crc32c(self.head.map.get(CHECKED).unwrap_or_default())
     }
 
-    /// Counters of the changes of keys.
-    pub(super) fn versions(&self) -> &[u32] {
-        self.head.slice(HEADER_LEN, VERSIONS as u64)
+    /// Counters of changes.
+    pub(super) fn changes(&self) -> &[u32] {
+        self.head.slice(HEADER_LEN, SLOTS as u64)
     }
 
     /// The same, mutable.
-    pub(super) fn versions_mut(&mut self) -> &mut [u32] {
-        self.head.slice_mut(HEADER_LEN, VERSIONS as u64)
+    pub(super) fn changes_mut(&mut self) -> &mut [u32] {
+        self.head.slice_mut(HEADER_LEN, SLOTS as u64)
     }
 }
 

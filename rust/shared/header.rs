@@ -5,16 +5,14 @@ use std::mem::offset_of;
 use bytemuck::{Pod, Zeroable};
 
 use crate::arena::{Cell, Header, MAX_CELLS, SEGMENT};
-use crate::cache::Participant;
+use crate::cache::{Participant, SLOTS, Slot};
 
 /// Participants (processes, or stores of one process) that may share a directory.
 pub const PARTICIPANTS: usize = 256;
-/// Version slots; keys that share one by chance only invalidate each other's fills.
-pub(super) const VERSIONS: usize = 16 * 1024;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"zcache\r\n");
 /// Changes with every change of the layout; an index of another format is rebuilt.
-const INDEX_FORMAT: u32 = 23;
+const INDEX_FORMAT: u32 = 24;
 /// Reads as another number where the byte order differs.
 const BYTE_ORDER: u32 = 0x0102_0304;
 
@@ -62,10 +60,10 @@ pub(super) struct FileHeader {
 pub(super) const CHECKED: std::ops::Range<usize> =
     offset_of!(FileHeader, format)..offset_of!(FileHeader, participants);
 
-/// Bytes before the versions.
+/// Bytes before the counters of changes.
 pub(super) const HEADER_LEN: usize = 128 * 1024;
 /// Where a number stands that shows that nothing before it was cut off.
-pub(super) const END_AT: usize = HEADER_LEN + VERSIONS * size_of::<u32>();
+pub(super) const END_AT: usize = HEADER_LEN + SLOTS * size_of::<u32>();
 /// The number; no other that is written is the same.
 pub(super) const END: u64 = MAGIC;
 /// Bytes before the hash table's directory.
@@ -140,12 +138,12 @@ impl FileHeader {
     /// See [`Peers::announce_write`].
     ///
     /// [`Peers::announce_write`]: crate::cache::Peers::announce_write
-    pub(super) fn announce_write(&mut self, own_slot: usize, key: u64, begins: bool) {
+    pub(super) fn announce_write(&mut self, own_slot: usize, slot: Slot, begins: bool) {
         let Some(participant) = self.participants.get_mut(own_slot) else {
             return;
         };
         let before = participant.is_writing();
-        let name = write_name(key);
+        let name = write_name(slot);
         // Take an empty place, or clear one with this name.
         let sought = if begins { 0 } else { name };
         let mut writes = participant.writes.iter_mut();
@@ -166,12 +164,11 @@ impl FileHeader {
         self.writers != 0
     }
 
-    /// Whether any participant is changing this key.
-    pub(super) fn is_written(&self, own_slot: usize, key: u64) -> bool {
-        let name = write_name(key);
-        // Which keys its own unnamed writes are about, a process knows by its flights.
+    /// Whether another participant is changing this; what its own writes are about, a process knows by its flights.
+    pub(super) fn is_written(&self, own_slot: usize, slot: Slot) -> bool {
+        let name = write_name(slot);
         let written = |(n, p): (usize, &Participant)| {
-            p.writes.contains(&name) || p.unnamed != 0 && n != own_slot
+            n != own_slot && (p.unnamed != 0 || p.writes.contains(&name))
         };
         self.participants().iter().enumerate().any(written)
     }
@@ -213,7 +210,7 @@ pub(crate) fn new_generation() -> u64 {
     (nanos ^ u64::from(std::process::id()) << 44).max(1)
 }
 
-/// What stands for a key in `Participant::writes`.
-fn write_name(key: u64) -> u16 {
-    (key as usize % VERSIONS) as u16 + 1
+/// What stands for a slot in `Participant::writes`.
+fn write_name(slot: Slot) -> u16 {
+    slot + 1
 }

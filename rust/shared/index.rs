@@ -17,7 +17,7 @@ use super::index_file::{FAULTED, REMOVED};
 use super::lock_files::{Locks, OpenError};
 use super::mapped::Mapped;
 use super::step::DIED;
-use crate::cache::{Cache, Limits, Peers, Tally, ToldAges};
+use crate::cache::{Cache, Limits, Peers, Slot, Tally, ToldAges};
 use crate::error::{Error, Result};
 use crate::policy::{Minimise, PolicyKind};
 
@@ -110,7 +110,7 @@ impl<T: Clone> SharedIndex<T> {
     pub(super) fn open_announcing(
         root: &Path,
         opening: &Opening,
-        writes: &[u64],
+        writes: &[Slot],
         promised: u64,
     ) -> Result<(Self, bool), OpenError> {
         let Opening {
@@ -143,7 +143,7 @@ impl<T: Clone> SharedIndex<T> {
         &mut self,
         mut fresh: bool,
         opening: &Opening,
-        writes: &[u64],
+        writes: &[Slot],
         promised: u64,
     ) -> Result<bool, OpenError> {
         let Opening { seed, unit, .. } = *opening;

@@ -25,7 +25,7 @@ use super::lock_files::{
 use super::lock_word::LockWord;
 use super::own::open_folder;
 use super::sample_file::SampleFile;
-use crate::cache::ToldAges;
+use crate::cache::{Changes, ToldAges};
 use crate::error::Result;
 
 /// The mapped files, and the lock that guards them.
@@ -44,6 +44,8 @@ pub struct Mapped {
     /// See [`Participant::ages`](crate::cache::Participant::ages).
     pub(super) ages: ToldAges,
     pub(super) generation: u64,
+    /// Those that this participant has counted, in these files or in former ones: what began with those is void anyway.
+    pub(super) own_changes: Changes,
     /// Whether it is sound but of an earlier boot, or of another machine: not to be believed without a
     /// look at the files.
     pub(super) outdated: bool,
@@ -136,6 +138,7 @@ impl Mapped {
             uses_policy: false,
             ages: ToldAges::default(),
             generation: 0,
+            own_changes: Changes::default(),
             outdated: false,
             alive,
             locks: Arc::default(),

@@ -3,12 +3,12 @@
 
 use bytemuck::Zeroable;
 
-use super::header::{VERSIONS, new_generation};
+use super::header::new_generation;
 use super::lock_files::is_alive;
 use super::mapped::Mapped;
 use super::sample_file::SampleFile;
 use crate::arena::racing::load_u64;
-use crate::cache::{Participant, Peers, ToldAges, Version};
+use crate::cache::{Participant, Peers, Slot, ToldAges, Version};
 use crate::error::Result;
 use crate::sampling::Sample;
 
@@ -93,35 +93,42 @@ impl Peers for Mapped {
             own.uses_policy = u16::from(is_used);
         }
     }
-    fn version(&self, key: u64) -> Version {
-        let at = key as usize % VERSIONS;
-        let version = self.files.versions().get(at);
-        [version.copied().unwrap_or(0), self.file_header().epoch]
+    fn changes(&self, slot: Slot) -> u32 {
+        let count = self.files.changes().get(usize::from(slot));
+        count.copied().unwrap_or(0)
+    }
+    fn own_changes(&self, slot: Slot) -> u32 {
+        self.own_changes.get(slot)
+    }
+    fn epoch(&self) -> u32 {
+        self.file_header().epoch
     }
     fn first_version(&self) -> Version {
         [0, self.file_header().generation as u32]
     }
-    fn bump_version(&mut self, key: u64) {
+    fn count_change(&mut self, slot: Slot) {
         let header = self.file_header_mut();
         header.changes = header.changes.wrapping_add(1);
-        let at = key as usize % VERSIONS;
-        if let Some(version) = self.files.versions_mut().get_mut(at) {
-            *version = version.wrapping_add(1);
+        if let Some(count) = self.files.changes_mut().get_mut(usize::from(slot)) {
+            *count = count.wrapping_add(1);
+            self.own_changes.start();
+            self.own_changes.count(slot);
         }
     }
     fn bump_epoch(&mut self) {
         let header = self.file_header_mut();
         header.epoch = header.epoch.wrapping_add(1);
     }
-    fn announce_write(&mut self, key: u64, begins: bool) {
+    fn announce_write(&mut self, slot: Slot, begins: bool) {
         let own_slot = self.own_slot;
-        self.file_header_mut().announce_write(own_slot, key, begins);
+        self.file_header_mut()
+            .announce_write(own_slot, slot, begins);
     }
     fn has_writers(&self) -> bool {
         self.file_header().has_writers()
     }
-    fn is_written(&self, key: u64) -> bool {
-        self.file_header().is_written(self.own_slot, key)
+    fn is_written(&self, slot: Slot) -> bool {
+        self.file_header().is_written(self.own_slot, slot)
     }
     fn remove_participant(&mut self, n: usize) -> Participant {
         self.file_header_mut().remove_participant(n)

@@ -289,6 +289,7 @@ async def test_each_store_says_whether_its_own_requests_are_sampled() -> None:
     copy = pickle.loads(pickle.dumps(off))
     assert (off.sampling, on.sampling, copy.sampling) == (False, True, False)
     await read(off, "a/c/0")
+    await off.set("a/c/1", buf(b"value"))
     assert not len(trace_of(on).keys)
     await read(on, "a/c/0")
     await read(off.with_read_only(True), "a/c/0")

@@ -857,6 +857,7 @@ impl Model {
             }
         }
         assert_eq!(ticket.is_some(), ok && alone);
+        self.stats.refusals += u64::from(ok && !alone);
         if let Some(ticket) = ticket {
             self.open(ticket, (key.to_owned(), ByteRange::Full), None, None);
         }

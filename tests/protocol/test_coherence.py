@@ -29,6 +29,7 @@ from support import (
     read_through,
     until,
     value_sync,
+    with_the_slot_of,
     write,
 )
 from zcache import CachePool, CacheStore
@@ -167,6 +168,28 @@ async def test_fill_begun_before_a_write_never_commits_after_it(
     assert await read(store, key) == source.values.get(key)
     assert await read(store, key, request_) == await read(source, key, request_)
     await same_as_source(store, source, *SOURCE, "n")
+
+
+@pytest.mark.parametrize("name", ["get", "set"])
+async def test_value_is_kept_whatever_other_keys_are_written_meanwhile(
+    name: str, cache: Store | CachePool
+) -> None:
+    keys = [f"h/{n}" for n in range(20)]
+    source = GatedStore(dict.fromkeys(keys, OLD))
+    store = CacheStore(source, cache_store=cache)
+    neighbour = with_the_slot_of(store, keys[0])
+    source.shut[name] = len(keys)
+    if name == "get":
+        under_way = [asyncio.create_task(read(store, key)) for key in keys]
+    else:
+        under_way = [asyncio.create_task(store.set(key, buf(NEW))) for key in keys]
+    await reached(source, len(keys))
+    await store.set(neighbour, buf(NEW))
+    source.release()
+    await asyncio.gather(*under_way)
+    await drained(store)
+    assert set(store.cached_keys()) == {neighbour, *keys}
+    assert store.cache_stats()["refusals"] == 0
 
 
 @pytest.mark.parametrize("name", GATED)

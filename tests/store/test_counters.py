@@ -11,7 +11,8 @@ import pytest
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
-from pools import STORES, one_of
+from doubles import GatedStore, reached
+from pools import CACHES, STORES, one_of
 from zcache import CacheStore
 from zcache._core import CorruptIndexError, Stats
 from zcache.testing import FakeClock, StoreDouble
@@ -57,6 +58,24 @@ async def test_a_store_over_a_cache_in_use_counts_from_zero(cache_store: Any) ->
     hits, misses = reads(second)
     assert hits + misses == 2
     assert misses >= 1
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("keeps", [True, False])
+async def test_written_values_that_other_writes_overlap_are_refusals(
+    kind: str, keeps: bool, tmp_path: Path
+) -> None:
+    gated = GatedStore()
+    cache = CACHES[kind](tmp_path)
+    store = CacheStore(gated, cache_store=cache, cache_set_data=keeps)
+    gated.shut["set"] = 2
+    writes = [asyncio.create_task(store.set("a", VALUE)) for _ in range(2)]
+    await reached(gated, 2)
+    gated.release()
+    await asyncio.gather(*writes)
+    await store.drain()
+    assert not store.is_cached("a")
+    assert store.cache_stats()["refusals"] == (2 if keeps else 0)
 
 
 async def test_copies_count_together(cache_store: Any) -> None:

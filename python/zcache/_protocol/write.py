@@ -48,10 +48,15 @@ class Writer:
         Hears of what changes.
     source_name : str
         For the log.
+    sampling : bool
+        Whether what is written goes into the sample of the index.
     """
 
-    def __init__(self, backend: Backend, lister: Lister, source_name: str) -> None:
+    def __init__(
+        self, backend: Backend, lister: Lister, source_name: str, *, sampling: bool
+    ) -> None:
         self.backend = backend
+        self.sampling = sampling
         self.handle = backend.shared.handle
         self.fills = backend.shared.fills
         self.now = backend.shared.clock
@@ -302,10 +307,10 @@ class _KeyWrite:
         await backend.remove_key(io, key, (), begins=False)
         if data is not None:
             self._flight.deliver(data)
+        keeps = data is not None and not backend.tells_by_name
         try:
-            victims, self._ticket = await self._tell_end(
-                keeps=data is not None, size=None if data is None else len(data)
-            )
+            size = len(data) if data is not None and writer.sampling else None
+            victims, self._ticket = await self._tell_end(keeps=keeps, size=size)
         except IndexLockTimeout:
             # The source has it. Its end is told later, and the key stays uncached until that.
             return
