@@ -52,7 +52,7 @@ from zcache._protocol.fill import CLOSE_TIMEOUT, DRAIN_TIMEOUT
 from zcache._runtime.buffers import snapshot
 from zcache._runtime.capacity import memory
 from zcache._runtime.coroutines import Handover, run_without_loop
-from zcache._runtime.io import IO, SyncIO, is_sync
+from zcache._runtime.io import IO, SyncIO, is_sync, keeps_sync
 from zcache._runtime.tracebacks import clear_frames
 from zcache._source.copies import without_contents
 from zcache._source.describe import show, show_address
@@ -331,7 +331,7 @@ class CacheStore(Store, KeepsDecoded):
         self._reader, self._hits = cache.reader, cache.reader.hits
         self._writer = cache.writer
         # Asked anew only where the answer was no: a protocol check costs more than a hit.
-        self._syncable = is_sync(store) and is_sync(cache.cache)
+        self._syncable = is_sync(store) and keeps_sync(cache.cache)
 
     def __setattr__(self, name: str, value: object) -> None:
         own = getattr(CacheStore, name, None)
@@ -500,7 +500,8 @@ class CacheStore(Store, KeepsDecoded):
             - ``stale_hits``: values, sizes and listings that were too old, because the source raised an error
               (`stale_if_error`).
             - ``cache_skips``: reads and writes that did not use the cache store, because it kept failing or its index
-              was locked, and fills that were cut off with their event loop.
+              was locked, and fills that were cut off with their event loop. Of a read-only one also reads of what
+              another read already brings, which may be older than a change by others.
 
             The cache store, for all stores of this process over it:
 
@@ -975,7 +976,7 @@ class CacheStore(Store, KeepsDecoded):
 
     @property
     def _supports_sync_io(self) -> bool:
-        return is_sync(self._store) and is_sync(self._cache_store)
+        return is_sync(self._store) and keeps_sync(self._cache_store)
 
     # ------------------------------------------------------------- reads
 
@@ -1271,8 +1272,9 @@ class CacheStore(Store, KeepsDecoded):
             raise no_change(key)
 
     def _check_sync(self, method: str) -> None:
-        for name, store in (("source", self._store), ("cache store", self._cache_store)):
-            if not is_sync(store):
+        both = (("source", self._store, is_sync), ("cache store", self._cache_store, keeps_sync))
+        for name, store, is_able in both:
+            if not is_able(store):
                 raise SyncNotSupportedError(
                     f"{method} needs stores with synchronous methods, but the {name} "
                     f"{show(store)} has none. Use {method.removesuffix('_sync')} instead."

@@ -255,7 +255,7 @@ class Backend(ABC):
         Returns
         -------
         bool
-            False where that cannot be told in time.
+            False where that cannot be told, or not in time.
         """
         return True
 

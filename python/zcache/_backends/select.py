@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from zarr.storage import LocalStore, MemoryStore
 
@@ -123,6 +123,7 @@ class _Opening:
         kept = memory_store_of(cache)
         if kept is not None:
             shared = self._shared(("dict", id(kept._store_dict)), lambda: self._memory(kept))
+            self._check_class(shared, kept)
             # As long as there is a store over the dict: its values may be used again.
             keep_while_alive(shared, kept)
             if isinstance(kept, SourcePlace):
@@ -131,6 +132,14 @@ class _Opening:
             return MemoryBackend(cache, shared) if is_plain else StoreBackend(cache, shared)
         place = place_in_process(cache)
         return StoreBackend(cache, self._shared(("store", place), self._store))
+
+    def _check_class(self, shared: SharedIndex, kept: MemoryStore) -> None:
+        place = cast("StorePlace", shared.place)
+        if (place.values is None) != (_plain_dict_of(kept) is None):
+            raise CacheOwnershipError(
+                f"cache_store={describe(self.cache)} has the dict of another store, of a class of its own, that is in use "
+                "as a cache store: each may keep values in a form of its own. Give each a dict of its own."
+            )
 
     def _shared(self, key: tuple[Any, ...], make: Callable[[], SharedIndex]) -> SharedIndex:
         shared = find_or_make(key, make)
@@ -203,14 +212,19 @@ class _Opening:
         return shared
 
     def _memory(self, kept: MemoryStore) -> SharedIndex:
-        values = kept._store_dict
-        if values and not self.adopt:
+        values, plain = kept._store_dict, _plain_dict_of(kept)
+        if values and not (self.adopt and plain is not None):
             first = next(iter(values))
+            way_out = (
+                "Give an empty one, for what is in a class of its own cannot be adopted."
+                if plain is None
+                else "Give an empty one; or pass adopt=True if all that it holds is a cache of "
+                f"{describe(self.source)}, which zcache may serve and delete."
+            )
             raise CacheOwnershipError(
                 f"cache_store={describe(self.cache)} is not empty (it holds {first!r}, for instance), and zcache "
                 "does not know what that is: it remembers its own values only as long as the MemoryStore lives that they "
-                "were put into. Give an empty one; or pass adopt=True if all that it holds is a cache of "
-                f"{describe(self.source)}, which zcache may serve and delete."
+                f"were put into. {way_out}"
             )
         index = Index(**self.limits, flat_namespace=True)
         for value in values.values():
@@ -219,7 +233,7 @@ class _Opening:
         index.adopt([(0, len(value), name) for name, value in values.items()])
         handle = IndexHandle(index, describe(self.cache), {**self.limits, "flat_namespace": True})
         shared = self._new(handle, time.monotonic)
-        shared.place = StorePlace(handle, shared.clock, values=_plain_dict_of(kept))
+        shared.place = StorePlace(handle, shared.clock, values=plain)
         shared.place.enforce_bound()
         return shared
 
@@ -238,5 +252,5 @@ class _Opening:
 def _plain_dict_of(store: MemoryStore) -> dict[str, Buffer] | None:
     """The dict of a store that does nothing but look into it; a user's own class, or another mapping, may do anything."""
     values = store._store_dict
-    is_stock = type(store).__module__.startswith("zarr.")
+    is_stock = type(store).__module__.startswith(("zarr.", "zcache."))
     return values if is_stock and type(values) is dict else None

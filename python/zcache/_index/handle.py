@@ -96,7 +96,9 @@ class IndexHandle:
     users : Registry
         Those in this process that use the policy in force: as long as there is any, no other process chooses another.
     lock : RLock
-        Held while the index or its limits are replaced, or it is noted who waits; never over a step.
+        Held while the index is replaced, or it is noted who waits; never over a step.
+    limits_lock : RLock
+        Held while limits are replaced, and over nothing else: finalizers take it, whatever their thread holds.
     """
 
     take = staticmethod(take)
@@ -106,6 +108,7 @@ class IndexHandle:
         self._index = index
         self.name = name
         self.limits = limits
+        self.limits_lock = threading.RLock()
         self.ages: list[tuple[str, float | None]] | None = None
         self.usable = True
         self.why = ""
@@ -179,10 +182,10 @@ class IndexHandle:
 
     def change_limits(self, limits: Mapping[str, Any]) -> None:
         """Have these be in `limits`, in place of those that are there."""
-        with self.lock:
+        with self.limits_lock:
             self.limits = {**self.limits, **limits}
 
-    def apply_limits(self) -> None:
+    def apply_limits(self, *, waits: bool = True) -> None:  # noqa: ARG002 - it never does
         """Have the index of now keep to `limits` and `ages`."""
         self.call_later(ignore, self._set_limits)
 
@@ -455,7 +458,7 @@ class IndexHandle:
 
     def after_fork(self, open_first: Callable[[float], None] | None) -> None:
         """Start over in a forked child; with `open_first`, the index is opened at its first use."""
-        self.lock = threading.RLock()
+        self.lock, self.limits_lock = threading.RLock(), threading.RLock()
         self._resolution = Resolution(self.lock, self._threads)
         # The parent takes them.
         self.deferred.clear()

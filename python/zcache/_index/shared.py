@@ -21,6 +21,7 @@ from zcache._runtime import lingering
 from zcache._runtime.apart import OneForEach
 from zcache._runtime.circuit_breaker import CircuitBreaker
 from zcache._runtime.fork import at_fork
+from zcache._runtime.refresh import Refresh
 from zcache._runtime.registry import Registry
 from zcache._runtime.threads import THREADS, Threads
 from zcache._source.describe import describe
@@ -99,6 +100,7 @@ class SharedIndex:
         self._source = source
         self.source_id = source_id
         self._members: Registry[Member] = Registry()
+        self._limits = Refresh()
         self.threads = Threads(THREADS)
 
     @property
@@ -139,7 +141,7 @@ class SharedIndex:
         self._set_limits()
         # Its bound is kept from its beginning.
         self.place.wait_for_bound()
-        weakref.finalize(member, self._set_limits).atexit = False
+        weakref.finalize(member, self._set_limits, waits=False).atexit = False
 
     def use_as(self, member: Member, holder: object) -> None:
         """Have a member count as a user only as long as `holder` is there.
@@ -156,22 +158,24 @@ class SharedIndex:
         if is_back:
             self.handle.apply_limits()
 
-    def _set_limits(self) -> None:
-        with _lock:
-            if not (members := self._members.snapshot()):
-                return
-            asked = [member.limits for member in members]
-            ages = [one["max_age"] for one in asked]
-            age = None if None in ages else max(ages)
-            limits = strictest(asked)
-            size = limits["max_size"]
-            before = self.handle.limits["max_size"]
-            self.handle.change_limits({**limits, "max_age": age})
-            self.place.limit_fills(
-                least(one["max_pending_size"] for one in asked),
-                greatest(one["min_free_space"] for one in asked),
-            )
-        self.handle.apply_limits()
+    def _set_limits(self, *, waits: bool = True) -> None:
+        self._limits.run(partial(self._take_limits, waits=waits), waits=waits)
+
+    def _take_limits(self, *, waits: bool) -> None:
+        if not (members := self._members.snapshot()):
+            return
+        asked = [member.limits for member in members]
+        ages = [one["max_age"] for one in asked]
+        age = None if None in ages else max(ages)
+        limits = strictest(asked)
+        size = limits["max_size"]
+        before = self.handle.limits["max_size"]
+        self.handle.change_limits({**limits, "max_age": age})
+        self.place.limit_fills(
+            least(one["max_pending_size"] for one in asked),
+            greatest(one["min_free_space"] for one in asked),
+        )
+        self.handle.apply_limits(waits=waits)
         if size is not None and (before is None or size < before):
             self.place.enforce_bound()
 
@@ -321,7 +325,7 @@ def _named(source: Store, source_id: SourceId) -> str:
 
 def _apply_limits(shared: Callable[[], SharedIndex | None]) -> None:
     if (found := shared()) is not None:
-        found.handle.apply_limits()
+        found.handle.apply_limits(waits=False)
 
 
 # As long as they are in use; `_held` keeps those of dicts as long as their stores live.

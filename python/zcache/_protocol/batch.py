@@ -264,13 +264,9 @@ class Batch:
         reader = self._reader
         backend = reader.backend
         # What others read already may have begun before a change that the index does not know of.
-        if backend.tells_by_name and not await backend.hear_of_changes(self._io):
-            for _ in missing:
-                reader.counters.count("skipped")
-            self._direct.update(missing)
-            missing = []
+        has_heard = not backend.tells_by_name or await backend.hear_of_changes(self._io)
         for count, number in enumerate(missing, 1):
-            await self._join(number)
+            await self._join(number, has_heard)
             await self._rest(count)
         if reader.revalidator is not None and (same := await self._unchanged(reader.revalidator)):
             put(same)
@@ -391,7 +387,7 @@ class Batch:
         if count % PIECE == 0 and turns.are_over():
             await self._io.pause()
 
-    async def _join(self, number: int) -> None:
+    async def _join(self, number: int, has_heard: bool) -> None:
         asked, reader = self._known(number), self._reader
         now, ages = reader.now(), reader.hits.ages_of(asked[0])
         flight = Flight(self._io.loop(), now)
@@ -416,6 +412,10 @@ class Batch:
         known = None
         if isinstance(joined, tuple):
             whole, other = joined
+            if not has_heard and all(other is not own for _, own in self._leads.values()):
+                reader.counters.count("skipped")
+                self._direct.add(number)
+                return
             if other.may_be_joined(now, ages[0]):
                 known = Joined(whole, other, other.done)
         self._waits.append((number, known))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from zarr.abc.store import SupportsSyncStore
+from zarr.abc.store import Store, SupportsSyncStore
 from zarr.storage import MemoryStore
 
 from zcache._runtime.coroutines import NoAnswerError, report, shield_to_completion, within
@@ -20,7 +21,7 @@ from zcache._runtime.threads import NoThreadError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
-    from zarr.abc.store import ByteRequest, Store
+    from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from zcache._runtime.latch import Latch
@@ -232,6 +233,32 @@ def is_sync(store: Store) -> bool:
     """
     is_able = issubclass(type(store), SupportsSyncStore)
     return is_able and bool(getattr(store, "_supports_sync_io", True))
+
+
+def keeps_sync(store: Store) -> bool:
+    """Whether a cache store can: then it gives out by each way what it was given by the other.
+
+    A subclass that has overridden the coroutines alone, also inside a wrapper, may keep values in another form than the
+    methods that it has inherited beside them.
+    """
+    kind, inner = type(store), getattr(store, "_store", None)
+    if (agree := _agree.get(kind)) is None:
+        agree = _agree[kind] = all(_has_both(kind, *pair) for pair in _PAIRS)
+    return agree and is_sync(store) and (not isinstance(inner, Store) or keeps_sync(inner))
+
+
+_PAIRS: Final = (("get", "get_sync"), ("set", "set_sync"), ("delete", "delete_sync"))
+# By class, whether its synchronous methods are as new as its coroutines.
+_agree: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def _has_both(kind: type, coroutine: str, blocking: str) -> bool:
+    for base in kind.__mro__:
+        if blocking in vars(base):
+            return True
+        if coroutine in vars(base):
+            return False
+    return True
 
 
 async def _change_now(

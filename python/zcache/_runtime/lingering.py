@@ -11,6 +11,7 @@ import math
 import threading
 import time
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from zcache._runtime.fork import at_fork
@@ -126,24 +127,22 @@ def _leave(
 
 def _take_gone(now: float) -> list[_Left]:
     """Those that go now. To be called under the lock."""
-    gone = []
-    total = _total()
     # The largest may stay, whatever its limit.
     most = max((one.limit for one in _left.values()), default=0) + OVERHEAD
-    for key, one in list(_left.items()):
-        if one.until <= now or total > most:
-            gone.append(_left.pop(key))
-            total = _total()
-    return gone
-
-
-def _total() -> int:
-    """Bytes that all take together. To be called under the lock."""
+    gone = [_left.pop(key) for key, one in list(_left.items()) if one.until <= now]
     # In the order in which they were left: the last one knows what it takes now.
     held: dict[Hashable, int] = {}
+    users: Counter[Hashable] = Counter()
     for one in _left.values():
         held |= one.sizes
-    return sum(held.values()) + OVERHEAD * len(_left)
+        users.update(one.sizes.keys())
+    total = sum(held.values()) + OVERHEAD * len(_left)
+    while total > most and _left:
+        one = _left.pop(next(iter(_left)))
+        gone.append(one)
+        users.subtract(one.sizes.keys())
+        total -= OVERHEAD + sum(held[holder] for holder in one.sizes if not users[holder])
+    return gone
 
 
 def _start() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -14,9 +15,10 @@ from zarr.storage import LocalStore, MemoryStore
 
 from agent import run_script
 from directories import closed
+from doubles import GatedStore, reached
 from mounts import mounted_read_only
 from pools import CACHES, ON_DISK, within_bound
-from support import TESTS, buf, listed, read, said
+from support import PROTOTYPE, TESTS, buf, listed, read, said
 from zcache import CachePool, CacheStore, CacheUnreachableError
 from zcache.testing import StoreDouble, check_invariants_async
 
@@ -469,3 +471,33 @@ async def test_another_users_directory_is_read_only_where_that_is_asked_for(
     done = as_somebody(where, kind, how)
     assert done.stdout.strip() == "0", done.stderr
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("surface", ["get", "get_partial_values"])
+@pytest.mark.parametrize("change", ["set", "delete"])
+@pytest.mark.parametrize("kind", sorted(ON_DISK))
+async def test_read_that_begins_after_a_change_of_another_joins_none_from_before(
+    kind: str, change: str, surface: str, tmp_path: Path
+) -> None:
+    await warmed(tmp_path, kind)
+    behind = GatedStore({"a/c/new": b"old"})
+    writer = opened(tmp_path, kind, behind)
+    made: Any = CachePool if kind == "pool" else LocalStore
+    reader = CacheStore(behind, cache_store=made(tmp_path, read_only=True), source_id="source")
+    behind.late["get"] = 1
+    before = asyncio.create_task(read(reader, "a/c/new"))
+    await reached(behind)
+    if change == "set":
+        await writer.set("a/c/new", buf(b"new"))
+    else:
+        await writer.delete("a/c/new")
+    if surface == "get":
+        found = await read(reader, "a/c/new")
+    else:
+        # The second one of these is brought by the first.
+        first, second = await reader.get_partial_values(PROTOTYPE, [("a/c/new", None)] * 2)
+        assert (first and first.to_bytes()) == (second and second.to_bytes())
+        found = first and first.to_bytes()
+    assert found == (b"new" if change == "set" else None)
+    behind.release()
+    assert await before == b"old"

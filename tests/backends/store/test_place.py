@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.abc.store import RangeByteRequest
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore, LoggingStore, MemoryStore
 
 from support import (
+    PROTOTYPE,
     buf,
     check_quiet,
     drained,
@@ -25,7 +26,7 @@ from support import (
     write,
 )
 from zcache import CacheStore
-from zcache.exceptions import CacheOwnershipError
+from zcache.exceptions import CacheOwnershipError, SyncNotSupportedError
 from zcache.testing import StoreDouble, check_invariants, is_complete, stored_sizes
 
 if TYPE_CHECKING:
@@ -239,3 +240,29 @@ async def test_store_of_an_own_class_in_memory_is_asked_by_its_methods() -> None
     assert await store.drain()
     assert list(cache._store_dict) == ["b"]
     check_invariants(store)
+
+
+def test_store_of_an_own_class_with_coroutines_alone_is_not_read_past_them() -> None:
+    source = MemoryStore({"a": buf(b"value")})
+    for cache in (Coded(), LoggingStore(Coded(), log_level="ERROR")):
+        store = CacheStore(source, cache_store=cache)
+        assert not store._supports_sync_io
+        with pytest.raises(SyncNotSupportedError, match="the cache store"):
+            store.get_sync("a", prototype=PROTOTYPE)
+
+
+def test_dict_of_a_store_of_an_own_class_is_no_other_cache_store(tmp_path: Path) -> None:
+    source = LocalStore(tmp_path)
+    values: dict[str, Buffer] = {}
+    for first, second in ((Coded, MemoryStore), (MemoryStore, Coded)):
+        store = CacheStore(source, cache_store=first(values))
+        with pytest.raises(CacheOwnershipError, match="has the dict of another store"):
+            CacheStore(source, cache_store=second(values))
+        del store
+        gc.collect()
+
+
+def test_store_of_an_own_class_is_not_adopted(tmp_path: Path) -> None:
+    cache = Coded({"a": buf(b"value")})
+    with pytest.raises(CacheOwnershipError, match=r"is not empty .* cannot be adopted"):
+        CacheStore(LocalStore(tmp_path), cache_store=cache, adopt=True)

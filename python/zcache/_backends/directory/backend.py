@@ -81,12 +81,11 @@ class DirectoryBackend(Backend):
     async def hear_of_changes(self, io: IO) -> bool:
         look = self._directory.filler.note_marks
         try:
-            await io.in_thread(look, timeout=READ_TIMEOUT)
+            return await io.in_thread(look, timeout=READ_TIMEOUT)
         except NoThreadError:
-            look()
+            return look()
         except TimeoutError:
             return False
-        return True
 
     @property
     def hears_of_evictions(self) -> bool:

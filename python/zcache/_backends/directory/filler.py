@@ -81,10 +81,15 @@ class DirectoryFiller:
             segments=layout.segment_files,
         )
 
-    def note_marks(self) -> None:
-        """End what has begun before others, or this process, have said that they change the source."""
-        if self._fills is not None:
-            self._fills.look()
+    def note_marks(self) -> bool:
+        """End what has begun before others, or this process, have said that they change the source.
+
+        False where nothing is filled, and so nothing tells of what they change.
+        """
+        if self._fills is None:
+            return False
+        self._fills.look()
+        return True
 
     def submit(self, io: IO, job: FillJob) -> None:  # noqa: ARG002 - the core needs no event loop
         fills = self._fills

@@ -26,7 +26,7 @@ _OF_POOL: Final = ("eviction", "minimise", "unit")
 class PoolLimits(Protocol):
     """Who keeps the limits of a pool."""
 
-    def apply_limits(self) -> None:
+    def apply_limits(self, *, waits: bool = True) -> None:
         """Have the pool keep to the limits of all its sources."""
 
     def note_policy(self, policy: dict[str, str]) -> None:
@@ -103,7 +103,7 @@ class SourceHandle:
 
     def change_limits(self, limits: Mapping[str, Any]) -> None:
         """Have the source ask for these, in place of what it asked for."""
-        with self._pool.lock:
+        with self._pool.limits_lock:
             self.own_limits = {**self.own_limits, **limits}
 
     @property
@@ -160,9 +160,9 @@ class SourceHandle:
 
         self._pool.when_open(of_source)
 
-    def apply_limits(self) -> None:
+    def apply_limits(self, *, waits: bool = True) -> None:
         """Have the pool keep to `limits` as well."""
-        self._keeper.apply_limits()
+        self._keeper.apply_limits(waits=waits)
 
     def _step(self, step: Callable[..., T]) -> Callable[..., T]:
         take = self.take

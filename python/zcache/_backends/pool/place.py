@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 import weakref
 from functools import partial
@@ -24,6 +23,7 @@ from zcache._index.calls import COMPLETE_TIMEOUT, drain_absences, drained, is_co
 from zcache._index.handle import IndexHandle
 from zcache._index.limits import greatest, least, strictest
 from zcache._index.shared import Member, breaker_of, choose_policy, say_once
+from zcache._runtime.refresh import Refresh
 from zcache._runtime.registry import Registry
 from zcache._runtime.thread_calls import run_in_background
 from zcache._runtime.threads import THREADS, NoThreadError, Threads
@@ -86,7 +86,7 @@ class Pool:
     breaker: CircuitBreaker
 
     def __init__(self, store: PoolStore | PoolMemoryStore, clock: Callable[[], float]) -> None:
-        self._lock = threading.RLock()
+        self._limits = Refresh()
         self.clock = clock
         self.home = None if store.has_come else os.getpid()
         # Those that stand for it: their options count as long as they are referred to.
@@ -288,32 +288,35 @@ class Pool:
     def _delete(self, victims: list[tuple[int, str]]) -> None:
         raise NotImplementedError
 
-    def apply_limits(self) -> None:
+    def apply_limits(self, *, waits: bool = True) -> None:
         """Keep to the limits of all sources and stores: each is bound by the smallest size, and leaves the most space free.
 
-        What is too old for the stores of its own source, in all processes, goes first.
+        What is too old for the stores of its own source, in all processes, goes first. With `waits` false another thread may
+        do so a moment later.
         """
-        with self._lock:
-            sources = self._sources.snapshot()
-            limits = strictest([one.handle.own_limits for one in sources])
-            size = least([self.max_size, limits["max_size"]])
-            before = self.handle.limits["max_size"]
-            self.handle.change_limits({**limits, "max_size": size})
-            # Where they go by several clocks, the index cannot tell what is too old.
-            is_one_clock = all(one.clock is sources[0].clock for one in sources)
-            self.handle.ages = [
-                (one.label, one.handle.own_limits["max_age"] if is_one_clock else None)
-                for one in sources
+        self._limits.run(self._take_limits, waits=waits)
+
+    def _take_limits(self) -> None:
+        sources = self._sources.snapshot()
+        limits = strictest([one.handle.own_limits for one in sources])
+        size = least([self.max_size, limits["max_size"]])
+        before = self.handle.limits["max_size"]
+        self.handle.change_limits({**limits, "max_size": size})
+        # Where they go by several clocks, the index cannot tell what is too old.
+        is_one_clock = all(one.clock is sources[0].clock for one in sources)
+        self.handle.ages = [
+            (one.label, one.handle.own_limits["max_age"] if is_one_clock else None)
+            for one in sources
+        ]
+        free = greatest(
+            [
+                *(store.options.min_free_space for store in self._stores.snapshot()),
+                *(source.min_free_space for source in sources),
             ]
-            free = greatest(
-                [
-                    *(store.options.min_free_space for store in self._stores.snapshot()),
-                    *(source.min_free_space for source in sources),
-                ]
-            )
-            if self.directory is not None:
-                pending = least(source.max_pending_size for source in sources)
-                self.directory.limit_fills(pending, free)
+        )
+        if self.directory is not None:
+            pending = least(source.max_pending_size for source in sources)
+            self.directory.limit_fills(pending, free)
         self.handle.apply_limits()
         is_less = size is not None and (before is None or size < before)
         if is_less:
@@ -335,7 +338,6 @@ class Pool:
         if self._forked == os.getpid():
             return
         self._forked = os.getpid()
-        self._lock = threading.RLock()
         self.breaker.after_fork()
         if self.directory is None:
             self.handle.after_fork(None)
@@ -500,7 +502,7 @@ class DirectoryPool(Pool):
 
 def _apply_limits(pool: Callable[[], Pool | None]) -> None:
     if (found := pool()) is not None:
-        found.apply_limits()
+        found.apply_limits(waits=False)
 
 
 def _note_renamed(pool: Callable[[], Pool | None], _: object) -> None:

@@ -19,7 +19,7 @@ from zcache._index.handle import ignore
 from zcache._runtime.buffers import to_cpu_buffer, to_own
 from zcache._runtime.circuit_breaker import is_name_too_long
 from zcache._runtime.coroutines import NoAnswerError, guarded
-from zcache._runtime.io import is_sync
+from zcache._runtime.io import keeps_sync
 from zcache._source.location import innermost, outlives_process, shows_partial_values
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class StoreBackend(Backend):
 
     @property
     def needs_loop(self) -> bool:
-        return not is_sync(self.store)
+        return not keeps_sync(self.store)
 
     # -------------------------------------------------------------- reading
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from zcache._core import Index
 from zcache._runtime.coroutines import run_without_loop
-from zcache._runtime.io import IO, SyncIO, is_sync
+from zcache._runtime.io import IO, SyncIO, keeps_sync
 from zcache._runtime.latch import Latch
 from zcache._runtime.thread_calls import run_in_background
 from zcache.exceptions import IndexLockTimeout
@@ -55,7 +55,7 @@ class StoreBound:
         try:
             if self._loop is not None:
                 self._task = self._loop.create_task(self._run(io, backend, done))
-            elif is_sync(backend.store):
+            elif keeps_sync(backend.store):
                 work = partial(self._run, SyncIO(io.source, io.threads), backend, done)
                 run_in_background(lambda: run_without_loop(work()))
             else:

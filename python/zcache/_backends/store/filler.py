@@ -15,7 +15,7 @@ from zcache._backends.store.unknown_writes import UnknownWrites
 from zcache._core import Granted, Index, NeedsEviction, Rejected, cache_key, crc32c
 from zcache._index.handle import ignore
 from zcache._runtime.coroutines import NoAnswerError, OutcomeUnknown, run_without_loop
-from zcache._runtime.io import IO, SyncIO, is_sync
+from zcache._runtime.io import IO, SyncIO, keeps_sync
 from zcache._runtime.latch import Latch
 from zcache._runtime.thread_calls import run_in_background
 from zcache.exceptions import IndexLockTimeout
@@ -145,7 +145,7 @@ class StoreFiller:
     def _run_in_thread(self, io: IO) -> None:
         with self._lock:
             store = self._waiting[0].backend.store if self._waiting else None
-        if store is not None and is_sync(store):
+        if store is not None and keeps_sync(store):
             run_without_loop(self._run(SyncIO(io.source, io.threads), None))
         else:
             asyncio.run(self._run(IO(io.source, io.threads), None))

@@ -32,6 +32,8 @@ class StorePlace(Place):
         Finds out what the store holds; None where that is known.
     bound : StoreBound
         Evicts what is above the bound, but for that of a dict.
+    values : dict or None
+        The dict that has the values as they are; None where only the methods of a store tell them.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class StorePlace(Place):
         self.filler = StoreFiller()
         self.bound = StoreBound(handle, clock)
         self._clock = clock
-        self._values = values
+        self.values = values
         # More than was asked for may be found.
         self.bound.is_due = listing is not None
 
@@ -65,10 +67,10 @@ class StorePlace(Place):
 
     def enforce_bound(self) -> None:
         # docstring inherited. Of a dict at once, else from the next operation on.
-        if self._values is None:
+        if self.values is None:
             self.bound.is_due = True
         else:
-            evict_from(self._values, self.handle, self._clock)
+            evict_from(self.values, self.handle, self._clock)
 
     def keep_bound(self, io: IO, backend: Backend) -> None:
         """Evict in the background what is above the bound, once it is known what there is."""
