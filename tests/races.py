@@ -19,13 +19,22 @@ class NoticedLock:
         self._lock = threading.RLock()
         self.awaited = threading.Event()
 
+    def acquire(self, blocking: bool = True) -> bool:
+        if self._lock.acquire(blocking=False):
+            return True
+        if not blocking:
+            return False
+        self.awaited.set()
+        return self._lock.acquire()
+
+    def release(self) -> None:
+        self._lock.release()
+
     def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            self.awaited.set()
-            self._lock.acquire()
+        self.acquire()
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self.release()
 
 
 def meet(

@@ -11,7 +11,6 @@ from zarr.storage import LocalStore, MemoryStore
 from races import NoticedLock, meet
 from zcache import CacheStore
 from zcache._advice import recording
-from zcache._index import shared as shared_indexes
 from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
@@ -21,13 +20,12 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("option", ["max_pending_size", "min_free_space"])
 def test_the_strictest_bound_of_two_stores_that_are_made_at_once_is_in_force(
-    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    option: str, tmp_path: Path
 ) -> None:
     is_pending = option == "max_pending_size"
     strict, lax = (1 << 20, 5 << 20) if is_pending else (4096, 1)
     for step in itertools.count():
         lock = NoticedLock()
-        monkeypatch.setattr(shared_indexes, "_lock", lock)
         source = MemoryStore()
         cache: Any = StoreDouble(MemoryStore()) if is_pending else LocalStore(tmp_path / f"{step}")
         kept: list[CacheStore] = []
@@ -36,7 +34,9 @@ def test_the_strictest_bound_of_two_stores_that_are_made_at_once_is_in_force(
             kept.append(CacheStore(source, cache_store=cache, source_id="s", **{option: size}))
 
         make(lax)
-        inside = ("_set_limits",)
+        refresh: Any = kept[0]._cache.shared._limits
+        refresh._lock = lock
+        inside = ("_take_limits",)
         if not meet(lambda: make(lax), lambda: make(strict), lock, at=step, inside=inside):
             break
         shared = kept[0]._cache.shared
@@ -45,12 +45,12 @@ def test_the_strictest_bound_of_two_stores_that_are_made_at_once_is_in_force(
 
 
 def test_a_policy_and_a_bound_that_come_at_once_are_both_in_force() -> None:
-    inside = ("_set_limits", "change_limits")
+    inside = ("_take_limits", "change_limits")
     for step in itertools.count():
         store = CacheStore(MemoryStore(), cache_store=MemoryStore(), max_size=10)
         shared = store._cache.shared
         handle, lock = shared.handle, NoticedLock()
-        handle.lock = lock
+        handle.limits_lock = lock
         store._cache._member.limits["max_size"] = 5
 
         def note(note: Callable[[dict[str, str]], None] = handle.note_policy) -> None:

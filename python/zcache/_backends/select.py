@@ -213,13 +213,13 @@ class _Opening:
 
     def _memory(self, kept: MemoryStore) -> SharedIndex:
         values, plain = kept._store_dict, _plain_dict_of(kept)
-        if values and not (self.adopt and plain is not None):
+        if values and not (self.adopt and _is_stock(kept)):
             first = next(iter(values))
             way_out = (
-                "Give an empty one, for what is in a class of its own cannot be adopted."
-                if plain is None
-                else "Give an empty one; or pass adopt=True if all that it holds is a cache of "
+                "Give an empty one; or pass adopt=True if all that it holds is a cache of "
                 f"{describe(self.source)}, which zcache may serve and delete."
+                if _is_stock(kept)
+                else "Give an empty one, for what is in a class of its own cannot be adopted."
             )
             raise CacheOwnershipError(
                 f"cache_store={describe(self.cache)} is not empty (it holds {first!r}, for instance), and zcache "
@@ -252,5 +252,8 @@ class _Opening:
 def _plain_dict_of(store: MemoryStore) -> dict[str, Buffer] | None:
     """The dict of a store that does nothing but look into it; a user's own class, or another mapping, may do anything."""
     values = store._store_dict
-    is_stock = type(store).__module__.startswith(("zarr.", "zcache."))
-    return values if is_stock and type(values) is dict else None
+    return values if _is_stock(store) and type(values) is dict else None
+
+
+def _is_stock(store: MemoryStore) -> bool:
+    return type(store).__module__.startswith(("zarr.", "zcache."))
