@@ -387,6 +387,46 @@ proptest! {
     }
 }
 
+/// More keys than there are: it has to make room for one more, again and again.
+#[test]
+fn a_number_of_keys_that_is_damaged_does_not_keep_a_request_for_ever() {
+    const AT: usize = 56;
+    let mut sample = Sample::new(0);
+    for key in 0..20 {
+        request(&mut sample, key);
+    }
+    assert_eq!(bytes_of(&mut sample)[AT..AT + 4], 20u32.to_le_bytes());
+    bytes_of(&mut sample)[AT..AT + 4].copy_from_slice(&(KEYS as u32).to_le_bytes());
+    for key in 20..40 {
+        request(&mut sample, key);
+    }
+    assert!(sample.is_sound());
+    let trace = sample.trace();
+    let left = (0..40).filter(|key| sample.has(hash(*key))).count();
+    assert!(trace.rate > 0.7 && trace.parts.len() == left);
+}
+
+/// All of them with the smallest hash.
+#[test]
+fn keys_that_no_threshold_tells_apart_do_not_keep_a_request_for_ever() {
+    const AT: usize = 56;
+    let mut sample = Sample::new(0);
+    sample.push(&Part::of_whole(0), Some(5), HIT);
+    let size = (size_of::<Sample>() - Sample::LEN - 2 * REQUESTS) / KEYS;
+    let bytes = bytes_of(&mut sample);
+    let known = bytes[Sample::LEN..Sample::LEN + size].to_vec();
+    for number in 1..KEYS {
+        bytes[Sample::LEN + number * size..][..size].copy_from_slice(&known);
+    }
+    bytes[AT..AT + 4].copy_from_slice(&(KEYS as u32).to_le_bytes());
+    request(&mut sample, 1);
+    request(&mut sample, 2);
+    assert!(sample.is_sound());
+    let left = [1, 2].map(hash).into_iter().filter(|key| sample.has(*key));
+    let left: Vec<u64> = std::iter::once(0).chain(left).collect();
+    assert_eq!(keys_of(&sample.trace()), left);
+}
+
 // ------------------------------------------------------------------------- in an index
 
 const LIMITS: Limits = Limits {

@@ -81,6 +81,7 @@ impl Known {
     }
 }
 
+/// Bytes that are all zero are not sound.
 fn check(hash: u64, size: u64) -> u64 {
-    (hash ^ size).wrapping_mul(ODD) >> CHECK
+    (hash ^ size ^ ODD).wrapping_mul(ODD) >> CHECK
 }

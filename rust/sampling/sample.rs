@@ -41,7 +41,7 @@ pub const OUTDATED: u16 = 1 << 14;
 pub const HIT: u16 = 1 << 15;
 /// Both flags of a request: it was taken back.
 pub(super) const RETRACTED: u16 = OUTDATED | HIT;
-const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x05");
+const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x06");
 
 /// The sample: fewer than a million bytes, all of which may be anything at any time. A process that is
 /// killed leaves it with one request too few, or without its check, upon which it is begun anew.
@@ -446,6 +446,10 @@ impl Sample {
                 break;
             };
             if !is_requested || !known.is_sound() || !self.has(known.hash) {
+                continue;
+            }
+            // Only where it is damaged. No two are equal, so a small threshold leaves few.
+            if self.find(known.hash).is_some() {
                 continue;
             }
             known.first = match known.first {
