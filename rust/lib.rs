@@ -30,7 +30,7 @@
 //!       + 4 to 8 × entries + 559,000, with the adaptive policy         history
 //! ```
 //!
-//! A [sample](sampling::Sample) of the requests takes up to 0.98 MB more.
+//! A [sample](sampling::Sample) of the requests takes up to 0.99 MB more.
 //!
 //! Chunk coordinates take half a byte a character, so those of up to 16 characters need no string.
 //! Directories are stored once for all keys below them. Ten million chunk keys take 63 bytes each,

@@ -246,6 +246,23 @@ fn writes_are_kept_between_the_requests() {
     assert_eq!(trace.requests, 2);
 }
 
+#[test]
+fn what_drops_a_value_of_which_only_ranges_are_known_is_kept() {
+    let mut sample = Sample::new(0);
+    let part = Part {
+        hash: hash(2),
+        whole: hash(1),
+        range: range(0, 5),
+    };
+    sample.push(&part, Some(5), HIT);
+    sample.note_drop(&whole(1));
+    sample.note_drop(&whole(1));
+    sample.note_drop(&whole(3));
+    let trace = sample.trace();
+    assert_eq!(keys_of(&trace), [2, 1, 1].map(hash));
+    assert_eq!(trace.flags, [HIT, DROPPED, DROPPED]);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(8))]
 
@@ -525,6 +542,32 @@ fn requests_of_an_index_are_about_what_they_ask_for() {
     assert_eq!(
         cache.sampled().0.unwrap().trace().flags[7..],
         [OUTDATED, 0, OUTDATED]
+    );
+}
+
+#[test]
+fn nothing_is_kept_of_what_is_being_changed() {
+    let mut cache: Cache<Heap, u32> = Cache::new(Heap::default(), LIMITS, 7).unwrap();
+    let fresh = Freshness {
+        now: 10,
+        max_age: None,
+    };
+    ask!(cache, "a/c/0", ByteRange::Full, fresh);
+    cache.begin_write("a/c/0").unwrap();
+    ask!(cache, "a/c/0", ByteRange::Full, fresh);
+    ask!(cache, "a/c/0", range(3, 9), fresh);
+    cache.settle_sampled("a/c/0", range(3, 9), 6, false);
+    ask!(cache, "a/c/1", ByteRange::Full, fresh);
+    cache.end_write("a/c/0", false, None).unwrap();
+    ask!(cache, "a/c/0", ByteRange::Full, fresh);
+    // A key is a prefix as well.
+    cache.prefix_change("a/c/0", true).unwrap();
+    cache.invalidate_prefix("a/c/0");
+    ask!(cache, "a/c/0", ByteRange::Full, fresh);
+    let trace = cache.sampled().0.unwrap().trace();
+    assert_eq!(
+        trace.flags,
+        [0, DROPPED, OUTDATED, OUTDATED, 0, 0, DROPPED, OUTDATED]
     );
 }
 

@@ -104,6 +104,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let prefix = prefix.trim_end_matches('/');
         self.count_change(slot_of_prefix(prefix));
         self.flights.invalidate_where(|key| is_below(key, prefix));
+        // Of the keys below it the sample has only hashes.
+        self.note_sampled_drop(prefix);
     }
 
     /// A change of everything below a prefix begins or ends; nothing below it is cached meanwhile.

@@ -83,11 +83,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             max_age: None,
             ..fresh
         };
-        // It was missed, so what there is was too old.
-        let flags = match self.peek(key, asked, any_age) {
-            Ok(Some(_)) => OUTDATED,
-            _ => 0,
-        };
+        // It was missed, so what there is was too old; and nothing is kept of what is being changed.
+        let is_outdated =
+            self.is_changing(key) || matches!(self.peek(key, asked, any_age), Ok(Some(_)));
+        let flags = if is_outdated { OUTDATED } else { 0 };
         if let Some(sample) = self.sample_mut() {
             sample.push(part, None, flags);
         }
@@ -118,8 +117,13 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return;
         }
         self.retract_sampled(key, range);
+        let flags = match is_hit {
+            true => HIT,
+            false if self.is_changing(key) => OUTDATED,
+            false => 0,
+        };
         if let Some(part) = self.sampled_part(key, range) {
-            self.sample_served(&part, size, if is_hit { HIT } else { 0 });
+            self.sample_served(&part, size, flags);
         }
     }
 
@@ -154,8 +158,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
     }
 
-    /// A write has dropped what was cached of this key.
-    pub(super) fn note_sampled_drop(&mut self, key: &str) {
+    /// What was cached of this key was dropped.
+    pub fn note_sampled_drop(&mut self, key: &str) {
         if S::EXCLUSIVE && self.own_sample.is_none() {
             return;
         }

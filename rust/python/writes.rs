@@ -32,10 +32,10 @@ impl Index {
             .map(|flight| Flight(flight.clone().unbind()));
         let (victims, ticket) = step!(self, py, |cache| {
             let ended = cache.end_write(key, keeps, payload)?;
-            if let (_, Some(_)) = ended
-                && let Some(size) = size
-            {
-                cache.note_sampled_fill(key, size);
+            match (ended.1, size) {
+                (Some(_), Some(size)) => cache.note_sampled_fill(key, size),
+                // Nothing stays of what was read meanwhile.
+                _ => cache.note_sampled_drop(key),
             }
             Ok(ended)
         })?;

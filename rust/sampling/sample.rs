@@ -25,6 +25,8 @@ const MORE_KEYS: usize = 1024;
 const MORE_REQUESTS: usize = 8192;
 /// Places of the hash table: half of them stay free.
 const PLACES: usize = 2 * KEYS;
+/// Words of bits, one for each value of which ranges are known; few others share it.
+const WHOLES: usize = 4 * KEYS / u64::BITS as usize;
 /// Requests, sampled or not, after which a sample without room forgets its older half before it is
 /// thinned out any more: what was asked for months ago says little about now.
 const LONG: u64 = 1 << 26;
@@ -35,13 +37,14 @@ const FORGOTTEN: u64 = 8192;
 /// Bits of a request in the ring that number its key.
 pub(super) const NUMBER: u16 = KEYS as u16 - 1;
 const _: () = assert!(KEYS.is_power_of_two() && KEYS <= 1 << 14);
-/// Flag of a request: what is cached was too old to serve it, whatever the size of the cache.
+/// Flag of a request: what is cached was too old to serve it, or its key was being changed, so nothing was kept of it,
+/// whatever the size of the cache.
 pub const OUTDATED: u16 = 1 << 14;
 /// Flag of a request: it was a hit.
 pub const HIT: u16 = 1 << 15;
 /// Both flags of a request: it was taken back.
 pub(super) const RETRACTED: u16 = OUTDATED | HIT;
-const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x06");
+const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x07");
 
 /// The sample: fewer than a million bytes, all of which may be anything at any time. A process that is
 /// killed leaves it with one request too few, or without its check, upon which it is begun anew.
@@ -70,6 +73,8 @@ pub struct Sample {
     pub(super) marks: Marks,
     /// Numbers of keys plus one, by the low bits of their hashes.
     table: [u16; PLACES],
+    /// Bits of values of which ranges are known, by the low bits of their hashes.
+    wholes: [u64; WHOLES],
     pub(super) known: [Known; KEYS],
     /// Numbers of keys, with flags, in the order of the requests.
     ring: [u16; REQUESTS],
@@ -151,6 +156,7 @@ impl Sample {
     pub fn begin(&mut self, seed: u64) {
         self.check = 0;
         self.table.fill(0);
+        self.wholes.fill(0);
         self.rooms = [0, 0];
         self.reset(seed);
     }
@@ -200,7 +206,10 @@ impl Sample {
     #[must_use]
     pub fn memory(&self) -> usize {
         let known = self.keys as usize * size_of::<Known>();
-        size_of_val(&self.table) + known + self.len as usize * size_of::<u16>()
+        size_of_val(&self.table)
+            + size_of_val(&self.wholes)
+            + known
+            + self.len as usize * size_of::<u16>()
     }
 
     /// Whether the requests of a key are kept.
@@ -252,13 +261,26 @@ impl Sample {
         self.len = self.len.saturating_add(1).min(REQUESTS as u32);
     }
 
-    /// A write has dropped what was cached of this key, if it is sampled and known.
-    pub fn note_drop(&mut self, part: &Part) {
-        if self.has(part.hash)
-            && let Some(number) = self.find_with_room(part.hash)
-        {
+    /// What was cached of this key was dropped, if it is sampled, and it or a range of it is known.
+    pub fn note_drop(&mut self, whole: &Part) {
+        if !self.has(whole.hash) {
+            return;
+        }
+        let mut found = self.find_with_room(whole.hash);
+        if found.is_none() && self.knows_ranges_of(whole.hash) {
+            found = self.add(whole);
+        }
+        if let Some(number) = found {
             self.put_change(number, Event::Dropped, UNKNOWN);
         }
+    }
+
+    fn knows_ranges_of(&self, whole: u64) -> bool {
+        let (at, bit) = bit_of(whole);
+        let known = self.known.get(..self.keys as usize).unwrap_or_default();
+        // Most writes of values that are not read end with the bit.
+        self.wholes.get(at).is_some_and(|word| word & bit != 0)
+            && known.iter().any(|known| known.whole == whole)
     }
 
     /// A write of so many bytes has taken the place of what was cached of this key, if it is sampled.
@@ -387,11 +409,17 @@ impl Sample {
         let number = self.keys as usize;
         *self.known.get_mut(number)? = Known::new(part, self.end);
         self.keys += 1;
-        self.enter(hash, number as u16);
+        self.enter(hash, part.whole, number as u16);
         Some(number as u16)
     }
 
-    fn enter(&mut self, hash: u64, number: u16) {
+    fn enter(&mut self, hash: u64, whole: u64, number: u16) {
+        let (word, bit) = bit_of(whole);
+        if hash != whole
+            && let Some(word) = self.wholes.get_mut(word)
+        {
+            *word |= bit;
+        }
         let mut at = hash as usize % PLACES;
         for _ in 0..PLACES {
             match self.table.get_mut(at) {
@@ -439,6 +467,7 @@ impl Sample {
         // Numbers are counted anew.
         let mut renumbered = vec![None; KEYS];
         self.table.fill(0);
+        self.wholes.fill(0);
         self.keys = 0;
         for (old, is_requested) in is_requested.into_iter().enumerate().take(before as usize) {
             let number = self.keys as u16;
@@ -459,7 +488,7 @@ impl Sample {
             if let Some(place) = self.known.get_mut(usize::from(number)) {
                 *place = known;
                 self.keys += 1;
-                self.enter(known.hash, number);
+                self.enter(known.hash, known.whole, number);
             }
             if let Some(new) = renumbered.get_mut(old) {
                 *new = Some(number);
@@ -501,4 +530,10 @@ impl Sample {
         let numbered = |(at, step)| (start.saturating_add(at as u64), step);
         steps(&words).into_iter().map(numbered).collect()
     }
+}
+
+/// The word of its bit, and that.
+fn bit_of(whole: u64) -> (usize, u64) {
+    let bit = whole as usize % (WHOLES * u64::BITS as usize);
+    (bit / u64::BITS as usize, 1 << (bit % u64::BITS as usize))
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from zarr.abc.store import RangeByteRequest
 from zarr.storage import MemoryStore
 
 from support import buf, value_sync
@@ -52,6 +53,31 @@ def written_now_and_then(store: CacheStore, source: MemoryStore, clock: FakeCloc
             ask(store, rng.choice(KEYS))
 
 
+def only_ranges_are_read(store: CacheStore, source: MemoryStore, clock: FakeClock) -> None:
+    rng = random.Random(5)
+    for _ in range(600):
+        key = rng.choice(KEYS)
+        if rng.random() < 0.3:
+            write_sync(store, key, bytes(1000))
+            store.drain_sync()
+        else:
+            assert value_sync(store, key, RangeByteRequest(0, 100)) is not None
+            store.drain_sync()
+
+
+def invalidated_and_deleted(store: CacheStore, source: MemoryStore, clock: FakeClock) -> None:
+    rng = random.Random(6)
+    for step in range(600):
+        key = rng.choice(KEYS)
+        if rng.random() < 0.7:
+            ask(store, key)
+        elif step % 2:
+            store.invalidate_sync(key)
+        else:
+            asyncio.run(store.delete(key))
+            write_sync(source, key, bytes(1000))
+
+
 def others_write(store: CacheStore, source: MemoryStore, clock: FakeClock) -> None:
     """What is cached expires, and is read anew."""
     rng = random.Random(4)
@@ -90,7 +116,16 @@ def hit_rate(store: CacheStore) -> float:
 
 @pytest.mark.parametrize("eviction", ["lru", "none"])
 @pytest.mark.parametrize("is_cached", [True, False], ids=["cached", "dropped"])
-@pytest.mark.parametrize("work", [one_grows, all_grow, written_now_and_then])
+@pytest.mark.parametrize(
+    "work",
+    [
+        one_grows,
+        all_grow,
+        written_now_and_then,
+        only_ranges_are_read,
+        invalidated_and_deleted,
+    ],
+)
 def test_advice_of_values_that_are_written_is_exact(
     work: Any, is_cached: bool, eviction: Any
 ) -> None:

@@ -85,7 +85,7 @@ async def test_read_that_finds_a_value_gone_is_no_request(tmp_path: Path, kind: 
     assert await read(store, "a/c/0") is None
     assert await store.get_partial_values(PROTOTYPE, wanted) == [None] * 3
     trace = trace_of(store)
-    assert (len(trace.keys), trace.requests) == (3, 3)
+    assert (int((trace.writes == 0).sum()), trace.requests) == (3, 3)
     assert not trace.hits.any()
 
 
@@ -113,6 +113,25 @@ async def test_writes_are_no_requests() -> None:
     assert list(trace.writes) == [FILLED, 0, DROPPED, FILLED, 0]
     assert list(trace.hits) == [False, True, False, False, True]
     assert list(trace.sizes) == [2, 2, 0, 3, 3]
+
+
+@pytest.mark.parametrize("is_cached", [True, False], ids=["cached", "dropped"])
+async def test_reads_during_a_write_are_no_hits_at_any_size(is_cached: bool) -> None:
+    source = StoreDouble(source_of(2))
+    store = CacheStore(source, cache_set_data=is_cached)
+    await read(store, "a/c/0")
+    gate = source.block("set", times=1)
+    write = asyncio.create_task(store.set("a/c/0", buf(b"123")))
+    await gate.entered_async()
+    for key in ("a/c/0", "a/c/0", "a/c/1"):
+        await read(store, key)
+    gate.release()
+    await write
+    await read(store, "a/c/0")
+    trace = trace_of(store)
+    last = FILLED if is_cached else DROPPED
+    assert list(trace.writes) == [0, DROPPED, 0, 0, 0, last, 0]
+    assert list(trace.outdated) == [False, False, True, True, False, False, False]
 
 
 async def test_ranges_are_requests_of_what_they_ask_for() -> None:

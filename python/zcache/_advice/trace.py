@@ -43,7 +43,7 @@ class Requests:
     hits : array of bool, shape (n,)
         Which were hits.
     outdated : array of bool, shape (n,)
-        Which no cache of any size had served, because what it had was too old.
+        Which no cache of any size had served: what it had was too old, or the value was being written.
     writes : array of uint8, shape (n,)
         0 for requests; for writes `DROPPED` or `FILLED`.
     """
