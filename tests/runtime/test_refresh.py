@@ -1,4 +1,4 @@
-"""What is brought up to date for whoever asks: nothing is lost, and a finalizer waits for no one."""
+"""What is brought up to date for all who ask: nothing is lost, and a finalizer waits for no one."""
 
 from __future__ import annotations
 

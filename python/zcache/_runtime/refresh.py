@@ -1,4 +1,4 @@
-"""What is brought up to date for whoever asks, also inside a finalizer."""
+"""What is brought up to date for all who ask, also inside a finalizer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Refresh:
         work : callable
             Does the same in each call.
         waits : bool
-            Whether it has run when this returns; else whoever is at work now runs it once more.
+            Whether it has run when this returns; else the thread that is at work now runs it once more.
         """
         self._asked = object()
         done: object = None
