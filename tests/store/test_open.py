@@ -788,6 +788,7 @@ def test_code_of_others_that_waits_for_another_opening_is_not_waited_for(
     source: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     opening: str,
 ) -> None:
     me, count, told = threading.get_ident(), itertools.count(), []
@@ -807,7 +808,8 @@ def test_code_of_others_that_waits_for_another_opening_is_not_waited_for(
 
     # Whatever logs or warns calls what its user has put there.
     logger = logging.getLogger("zcache")
-    monkeypatch.setattr(logger, "level", logging.DEBUG)
+    # Unlike its attribute, this is forgotten by what the loggers remember.
+    caplog.set_level(logging.DEBUG, "zcache")
     monkeypatch.setattr(logger, "filters", [wait_for_others])
     monkeypatch.setattr(install_module, "zarr_array", types.SimpleNamespace())
     monkeypatch.setattr(warnings, "showwarning", wait_for_others)
